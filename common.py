@@ -1,0 +1,2211 @@
+# SPDX-License-Identifier: MIT
+"""What every script here shares, because a fair comparison needs it to be identical.
+
+Copy this file next to one method script and the script runs. In order:
+
+    data        load_dataset, ImageSet, shuffled_batches, class_balanced_batches, load_batches
+    models      build_model, load_model, eval_mode, train_mode
+    losses      proxy_anchor_loss, triplet_loss, contrastive_loss, mine_triplets
+    attack      pgd, shift_objective
+    metrics     recall_at_k, map_at_r, kmeans, nmi, ami, pairwise_f1
+    voting      vote_labels, vote_recall, vote_clusters
+    evaluation  embed, attack_embeddings, metrics_by_rule, evaluate
+    runs        base_parser, parse_run, checkpoints, logs, results, tables
+
+Conventions: images are float (B, 3, S, S) in [0, 1]; the network normalises them itself, so an
+attack radius eps is always a number of pixel values. Embeddings are unit vectors (B, D), distances
+are Euclidean on the unit sphere unless a docstring says otherwise, labels are int64, scores are
+floats in [0, 1]. Nothing happens at import.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter, OrderedDict, deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import functional as TF
+
+
+class UserError(ValueError):
+    """Bad input: one line saying what was wrong, what was found and what to do. Exit code 2."""
+
+
+class RunFailed(RuntimeError):
+    """A run that cannot go on (loss not finite, disk full): one line, exit code 1."""
+
+
+# ---- randomness: every stream is a function of (seed, epoch, purpose), so resuming needs no state
+DATA, SPLIT, BATCHES, AUGMENT, TRAIN, EVALUATE, INITIAL, PROXIES = range(8)
+MEMBER = 100                                        # INITIAL and BATCHES of member i: + MEMBER * i
+
+
+def random_stream(seed: int, epoch: int, purpose: int, index: int = 0) -> np.random.Generator:
+    """An independent numpy generator for one purpose (and one image, for augmentation)."""
+    return np.random.default_rng(np.random.SeedSequence([seed, epoch, purpose, index]))
+
+
+def seed_torch(seed: int, epoch: int, purpose: int) -> None:
+    """Seed torch's global generators from the stream (seed, epoch, purpose)."""
+    torch.manual_seed(int(random_stream(seed, epoch, purpose).integers(2**62)))
+
+
+CHANNELS_LAST = torch.channels_last              # memory layout: convolutions are twice as fast
+
+
+# ---- data ------------------------------------------------------------------------------------
+
+# Images of train and of test; In-Shop: train, query, gallery.
+EXPECTED = {
+    "cub": (5864, 5924),
+    "cub2010": (2990, 3043),
+    "cars": (8054, 8131),
+    "sop": (59551, 60502),
+    "inshop": (25882, 14218, 12612),
+}
+OFFICIAL_FOLDER = {
+    "cub": "CUB_200_2011",
+    "cub2010": "CUB_200_2010",
+    "cars": "stanford_cars",
+    "sop": "Stanford_Online_Products",
+    "inshop": "Inshop_Clothes",
+}
+GENERATED = ("glyphs", "gaussian")
+DATASETS = ("glyphs", "gaussian", "cub", "cub2010", "cars", "sop", "inshop", "folder")
+
+
+class ImageSet:
+    """The images of one split: `len()`, `.labels` (int64), `.paths`, `.classes`, `[i]`.
+
+    `[i]` is the evaluation view of image i, (float (3, S, S) in [0, 1], int label): shorter side
+    resized to R = round(256 * S / 224), centre S x S crop. `random_view` is the training view.
+    `gallery` is None or the set in which the images of this one are looked up (In-Shop).
+    pixels: uint8 (n, 3, R, R) of a generated set, otherwise the images are read from `paths`.
+    """
+
+    def __init__(self, paths, names, image_size, classes=None, pixels=None):
+        self.paths = [str(path) for path in paths]
+        self.classes = sorted(set(names)) if classes is None else list(classes)
+        index = {name: i for i, name in enumerate(self.classes)}
+        self.labels = torch.tensor([index[name] for name in names], dtype=torch.int64)
+        self.image_size = image_size
+        self.resized = round(256 * image_size / 224)
+        self.generated = pixels is not None
+        self.store = pixels                          # one uint8 (3, h, w) per image, or None
+        self.gallery = None
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        return self.view(index).float() / 255, int(self.labels[index])
+
+    def subset(self, rows):
+        """The images in `rows`, with labels renumbered so that they are 0..C-1 again."""
+        rows = [int(row) for row in rows]
+        names = [self.classes[self.labels[row]] for row in rows]
+        kept = set(names)
+        part = ImageSet([self.paths[row] for row in rows], names, self.image_size,
+                        classes=[name for name in self.classes if name in kept])
+        part.generated = self.generated
+        part.store = None if self.store is None else [self.store[row] for row in rows]
+        part.gallery = self.gallery
+        return part
+
+    def view(self, index):
+        """Evaluation view of image `index`: uint8 (3, S, S)."""
+        image = self.store[index] if self.store is not None else self._resize(self._decode(index))
+        return TF.center_crop(image, [self.image_size, self.image_size])
+
+    def random_view(self, index, stream, scale):
+        """Training view: RandomResizedCrop(S, scale) and a horizontal flip, uint8 (3, S, S).
+
+        Taken from the R-px copy when the set is cached, else from the original image. Generated
+        sets have their jitter drawn in: they get a random S x S crop of the R x R image instead.
+        """
+        size = self.image_size
+        image = self.store[index] if self.store is not None else self._decode(index)
+        height, width = image.shape[1:]
+        if self.generated:
+            top, left = stream.integers(0, [height - size + 1, width - size + 1])
+            return image[:, top:top + size, left:left + size]
+        box = random_crop_box(stream, height, width, scale)
+        image = TF.resized_crop(image, *box, [size, size], antialias=True)
+        return image.flip(2) if stream.random() < 0.5 else image
+
+    def cache(self, limit_gb: float, workers: int = 4) -> bool:
+        """Decode every image once into uint8 copies with shorter side R, if they fit.
+
+        Returns whether they do (`limit_gb` = 0: never). Threads are enough: decoding and resizing
+        release Python's lock. A file that cannot be decoded raises UserError with its name.
+        """
+        if self.store is not None or limit_gb <= 0:
+            return self.store is not None
+        size = 0
+        for path in self.paths:
+            with _readable(path) as image:
+                size += 3 * self.resized**2 * max(image.size) / min(image.size)
+            if size > limit_gb * 1e9:
+                return False
+        with ThreadPoolExecutor(max(workers, 1)) as pool:
+            decoded = pool.map(lambda index: self._resize(self._decode(index)), range(len(self)))
+            self.store = list(progress(decoded, "decoding", len(self)))
+        return True
+
+    def stored_gb(self):
+        return 0.0 if self.store is None else sum(image.numel() for image in self.store) / 1e9
+
+    def _decode(self, index):
+        with _readable(self.paths[index]) as image:
+            return TF.pil_to_tensor(image.convert("RGB"))
+
+    def _resize(self, image):
+        return TF.resize(image, self.resized, antialias=True)
+
+
+@contextlib.contextmanager
+def _readable(path):
+    """Open an image; whatever is wrong with the file becomes one line that names it."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot read the image {path} ({reason}): replace the file or remove it "
+                        f"from the data set") from error
+
+
+def random_crop_box(stream, height, width, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
+    """(top, left, height, width) of torchvision's RandomResizedCrop, drawn from our own stream."""
+    for _ in range(10):
+        area = height * width * stream.uniform(*scale)
+        aspect = math.exp(stream.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(stream.integers(height - h + 1)), int(stream.integers(width - w + 1)), h, w
+    aspect = min(max(width / height, ratio[0]), ratio[1])          # ten misses: the central crop
+    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def load_dataset(name: str, root=None, *, image_size: int | None = None, seed: int = 0,
+                 inshop_protocol: str = "query") -> tuple[ImageSet, ImageSet]:
+    """(train, test) of a data set, split by class: no test class is seen in training.
+
+    name: one of DATASETS. root: where the data is (default: environment DATA_ROOT, then "data");
+    ROOT, ROOT/<official folder> and ROOT/<name> are tried. image_size: side S of the views (224;
+    32 for generated sets). seed: of the generated sets. inshop_protocol: "query" looks queries up
+    among themselves (EAT), "gallery" in the gallery set (standard; `test.gallery`).
+    Raises UserError when the data is missing, incomplete or another edition; other differences
+    from the published counts are one warning.
+    """
+    if name not in DATASETS:
+        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
+    if inshop_protocol not in ("query", "gallery"):
+        raise UserError(f"unknown In-Shop protocol {inshop_protocol!r}: choose query or gallery")
+    size = image_size or (32 if name in GENERATED else 224)
+    if name == "glyphs":
+        return _glyphs(seed, size)
+    if name == "gaussian":
+        return _gaussian(seed, size)
+    root = Path(root or os.environ.get("DATA_ROOT") or "data")
+    lists = {"folder": _list_folder, "cub": _list_cub, "cub2010": _list_cub2010,
+             "cars": _list_cars, "sop": _list_sop, "inshop": _list_inshop}[name](root)
+    if inshop_protocol == "query":
+        lists = lists[:2]
+    _check_counts(name, root, lists)
+    for path in (path for listing in lists for path, _ in listing):
+        if not os.path.isfile(path):
+            raise UserError(f"{path} is listed but missing: unpack the archive of {name} again")
+    train, *test = (([path for path, _ in listing], [label for _, label in listing])
+                    for listing in lists)
+    # Query and gallery share one label map.
+    classes = sorted({label for _, labels in test for label in labels})
+    train, test, *gallery = ImageSet(*train, size), *(ImageSet(*part, size, classes=classes)
+                                                      for part in test)
+    test.gallery = gallery[0] if gallery else None
+    return train, test
+
+
+def _candidates(name, root):
+    """The folders in which an official archive may have been unpacked."""
+    return [root, root / OFFICIAL_FOLDER[name], root / name]
+
+
+def _not_found(name, root, expected):
+    try:
+        found = ", ".join(sorted(os.listdir(root))[:8]) or "nothing"
+    except OSError as error:
+        found = f"nothing, {error.strerror.lower()}"
+    return UserError(f"no {name} data under {root}: expected {expected}; found {found}. "
+                     f"Unpack the archive there or pass --data-root (README, 'Data')")
+
+
+def _images_in(folder):
+    """The image files of one folder, sorted, without the `._*` files of macOS archives."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.path for entry in entries
+                      if entry.name.lower().endswith(IMG_EXTENSIONS) and entry.name[0] != ".")
+
+
+def _class_folders(folder):
+    with os.scandir(folder) as entries:
+        return sorted(entry.path for entry in entries if entry.is_dir() and entry.name[0] != ".")
+
+
+def _images_by_class(folder):
+    """[(path, class folder name)] of a folder of class folders."""
+    return [(path, os.path.basename(name)) for name in _class_folders(folder)
+            for path in _images_in(name)]
+
+
+def _split_by_class_id(listing, first_test):
+    """Class folders are numbered, `001.Name`: ids up to first_test - 1 train, the rest test."""
+    train = [item for item in listing if int(item[1].split(".")[0]) < first_test]
+    return train, [item for item in listing if int(item[1].split(".")[0]) >= first_test]
+
+
+def _cub_listing(folder):
+    """The images of a CUB folder of either edition, or None. 2011 has a list, 2010 has none."""
+    images = folder / "images"
+    if (folder / "images.txt").is_file():
+        with _listed(folder / "images.txt") as lines:
+            names = [line.split()[1] for line in lines if line.strip()]
+            return [(str(images / name), name.split("/")[0]) for name in names
+                    if int(name.split(".")[0]) and not os.path.basename(name).startswith("._")]
+    if images.is_dir():
+        listing = _images_by_class(images)
+        return [item for item in listing if item[1].split(".")[0].isdigit()] or None
+    return None
+
+
+def _cub_edition(folder, listing):
+    """"cub2010" or "cub". 2010 file names end in a Flickr id of 7 to 10 digits, 2011 in up to 6."""
+    if (folder / "images.txt").is_file():
+        return "cub"
+    ids = [os.path.splitext(path)[0].rsplit("_", 1)[-1] for path, _ in listing]
+    return "cub2010" if sum(len(number) >= 7 for number in ids) > len(ids) / 2 else "cub"
+
+
+def _list_either_cub(name, root):
+    other = "cub" if name == "cub2010" else "cub2010"
+    found = [(folder, _cub_listing(folder)) for folder in
+             dict.fromkeys(_candidates(name, root) + _candidates(other, root))]
+    found = [(folder, listing, _cub_edition(folder, listing)) for folder, listing in found if listing]
+    for _, listing, edition in found:
+        if edition == name:
+            return _split_by_class_id(listing, 101)
+    for folder, listing, _ in found:
+        raise UserError(
+            f"{folder} holds {'CUB-200 (2010)' if other == 'cub2010' else 'CUB-200-2011'} "
+            f"({len(listing)} images), not --dataset {name}: use --dataset {other}, or unpack "
+            f"{OFFICIAL_FOLDER[name]} under {root}")
+    raise _not_found(name, root, "images/001.Black_footed_Albatross/*.jpg, or the folder "
+                     f"{OFFICIAL_FOLDER[name]} with it")
+
+
+def _list_cub(root):
+    return _list_either_cub("cub", root)
+
+
+def _list_cub2010(root):
+    return _list_either_cub("cub2010", root)
+
+
+def _read_mat(path, field, folder):
+    """[(image path, class number)] of a .mat list; `field` holds the file name."""
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise UserError(f"reading {path} needs scipy: pip install scipy, or use a layout with one "
+                        f"folder per class") from None
+    try:
+        rows = loadmat(path, squeeze_me=True)["annotations"]
+        return [(str(folder / str(row[field])), int(row["class"])) for row in rows]
+    except Exception as error:                       # a damaged file raises nearly anything
+        raise UserError(f"{path} is not a list of images and classes ({type(error).__name__}: "
+                        f"{error}): unpack it again") from error
+
+
+def _list_cars(root):
+    """Train and test halves pooled, then split by class: ids (or names, sorted) 1-98 train."""
+    for folder in _candidates("cars", root) + [root / "cars196", root / "car_data"]:
+        if (folder / "cars_annos.mat").is_file():                              # old: one list
+            listing = _read_mat(folder / "cars_annos.mat", "relative_im_path", folder)
+        elif (folder / "cars_train").is_dir() and (folder / "cars_test").is_dir():   # new: two
+            labelled = folder / "cars_test_annos_withlabels.mat"
+            if not labelled.is_file():
+                labelled = folder / "devkit" / labelled.name
+            if not labelled.is_file():
+                raise UserError(f"{labelled.name} is not in {folder} nor in its devkit/: the devkit"
+                                f"'s cars_test_annos.mat has no classes; put the labelled file "
+                                f"there")
+            listing = _read_mat(folder / "devkit" / "cars_train_annos.mat", "fname",
+                                folder / "cars_train")
+            listing += _read_mat(labelled, "fname", folder / "cars_test")
+        else:
+            # One folder per class: alphabetical order differs from id order, the first 98 do not.
+            inner = folder / "car_data" if (folder / "car_data").is_dir() else folder
+            halves = [inner / "train", inner / "test"] if (inner / "test").is_dir() \
+                else [folder / "images"]
+            listing = [item for half in halves if half.is_dir() for item in _images_by_class(half)]
+            order = {name: i + 1 for i, name in enumerate(sorted({name for _, name in listing}))}
+            listing = [(path, order[name]) for path, name in listing]
+        if listing:
+            listing = [(path, f"{number:03d}") for path, number in listing]
+            return _split_by_class_id(listing, 99)
+    raise _not_found("cars", root, "cars_annos.mat + car_ims/, cars_train/ + cars_test/ + devkit/, "
+                     "car_data/{train,test}/<class>/ or images/<class>/")
+
+
+def _list_sop(root):
+    for folder in _candidates("sop", root) + [root / "online_products"]:
+        for lists, images in ((folder, folder), (folder / "Info_Files", folder / "images")):
+            files = [lists / "Ebay_train.txt", lists / "Ebay_test.txt"]
+            if files[0].is_file():
+                return [_sop_lines(file, images) for file in files]
+    raise _not_found("sop", root, "Ebay_train.txt, Ebay_test.txt and bicycle_final/ ...")
+
+
+def _sop_lines(file, images):
+    """Header `image_id class_id super_class_id path`, then one image a line."""
+    with _listed(file) as lines:
+        rows = [line.split() for line in lines[1:] if line.strip()]
+        return [(str(images / path), f"{int(number):05d}") for _, number, _, path in rows]
+
+
+@contextlib.contextmanager
+def _listed(file):
+    """The lines of a list file; a missing or differently built file is one clear line."""
+    try:
+        with open(file) as opened:
+            yield opened.read().splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {file} ({error.strerror}): unpack the archive again") from None
+    except UserError:
+        raise
+    except (ValueError, KeyError, IndexError):
+        raise UserError(f"{file} is not the list it should be: unpack the archive again") from None
+
+
+def _list_inshop(root):
+    for folder in _candidates("inshop", root) + [root / "in-shop"]:
+        for lists in (folder, folder / "Eval", folder / "Anno"):
+            file = lists / "list_eval_partition.txt"
+            if file.is_file():
+                return _inshop_lines(file, folder)
+    raise _not_found("inshop", root, "list_eval_partition.txt (there, in Eval/ or Anno/) and img/")
+
+
+def _inshop_lines(file, folder):
+    """Line 1 the count, line 2 `image_name item_id evaluation_status`, then padded columns."""
+    splits = {"train": [], "query": [], "gallery": []}
+    with _listed(file) as lines:
+        if lines[1].split() != ["image_name", "item_id", "evaluation_status"]:
+            raise UserError(f"{file} is the list of another data set (its columns: {lines[1]}): "
+                            f"use the one of the In-Shop Clothes Retrieval benchmark")
+        rows = [line.split() for line in lines[2:] if line.strip()]
+        first = rows[0][0]
+        prefixes = [folder, folder / "Img"]
+        images = next((p for p in prefixes if (p / first).is_file()), prefixes[0])
+        for path, item, status in rows:
+            splits[status].append((str(images / path), f"{int(item[3:]):08d}"))
+    return splits["train"], splits["query"], splits["gallery"]
+
+
+def _list_folder(root):
+    """ROOT/train and ROOT/test with a folder per class, or the first half of ROOT's classes."""
+    if not root.is_dir():
+        raise UserError(f"--data-root {root} is not a folder: give one with a folder per class")
+    try:
+        if (root / "train").is_dir() and (root / "test").is_dir():
+            train, test = _images_by_class(root / "train"), _images_by_class(root / "test")
+        else:
+            listing = _images_by_class(root)
+            names = sorted({name for _, name in listing})
+            first = set(names[:math.ceil(len(names) / 2)])
+            train = [item for item in listing if item[1] in first]
+            test = [item for item in listing if item[1] not in first]
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename} ({error.strerror}): check its permissions") \
+            from None
+    shared = sorted({name for _, name in train} & {name for _, name in test})
+    if shared:
+        raise UserError(f"train/ and test/ share {len(shared)} classes ({shared[0]}, ...): this is "
+                        f"a classification split; metric learning is tested on unseen classes")
+    if not train or not test:
+        found = len({name for _, name in train + test})
+        raise _not_found("folder", root, f"at least 2 class folders ROOT/<class>/*.jpg with images "
+                                         f"({found} there)")
+    return train, test
+
+
+def _check_counts(name, root, lists):
+    """Too few images are an error, any other difference from the published counts a warning."""
+    expected = EXPECTED.get(name, ())[:len(lists)]
+    found = tuple(len(listing) for listing in lists[:len(expected)])
+    if sum(found) < sum(expected) / 2:
+        raise UserError(f"{name} under {root} has {sum(found)} images, expected {sum(expected)}: "
+                        f"the archive is not fully unpacked; unpack it again")
+    if found != expected:
+        cause = ("a classification split or a half-unpacked archive" if sum(found) < sum(expected)
+                 else "a classification split or files that are not part of the archive")
+        warnings.warn(f"{name} has {' + '.join(map(str, found))} images, expected "
+                      f"{' + '.join(map(str, expected))} (train + test): likely {cause}",
+                      stacklevel=3)
+
+
+def _glyphs(seed, size, classes=100, per_class=30):
+    """Random drawings of three curved strokes; shape decides the class, colour never does.
+
+    An image is its class's drawing with jittered strokes, a new pose, pen width, colours,
+    shading and noise. The first half of the classes trains, the second half is unseen.
+    """
+    side, count = round(256 * size / 224), classes * per_class
+    stream = random_stream(seed, 0, DATA)
+    drawing = stream.uniform(-0.8, 0.8, (classes, 3, 3, 2))         # 3 strokes of 3 control points
+    points = drawing.repeat(per_class, 0) + stream.normal(0, 0.07, (count, 3, 3, 2))
+    angle, zoom = stream.normal(0, 0.15, count), stream.uniform(0.75, 1.05, (count, 2))
+    rotation = np.stack([np.stack([np.cos(angle), -np.sin(angle)], -1),
+                         np.stack([np.sin(angle), np.cos(angle)], -1)], 1)        # (n, 2, 2)
+    points = np.einsum("nij,nskj->nski", rotation, points) * zoom[:, None, None]
+    points += stream.uniform(-0.12, 0.12, (count, 1, 1, 2))
+    # A stroke is a quadratic Bezier curve, drawn as 4 short segments: (n, 12, 2) ends.
+    t = np.linspace(0, 1, 5)
+    curve = np.einsum("nskj,kt->nstj", points, [(1 - t) ** 2, 2 * t * (1 - t), t**2])
+    curve = curve.astype(np.float32)
+    start, end = curve[:, :, :-1].reshape(count, -1, 2), curve[:, :, 1:].reshape(count, -1, 2)
+    width = stream.uniform(0.05, 0.11, (count, 1)).astype(np.float32)
+
+    axis = np.linspace(-1, 1, side, dtype=np.float32)
+    grid = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)     # (side * side, 2), x then y
+    along = end - start
+    length = (along**2).sum(-1).clip(1e-6)[:, None]                 # squared, (n, 1, 12)
+    ink = np.empty((count, side * side), np.float32)
+    for rows in np.array_split(np.arange(count), count // 50):      # distance to nearest segment
+        offset = ((grid**2).sum(-1)[:, None] - 2 * grid @ start[rows].transpose(0, 2, 1)
+                  + (start[rows] ** 2).sum(-1)[:, None])            # squared, (50, pixels, 12)
+        dot = grid @ along[rows].transpose(0, 2, 1) - (start * along)[rows].sum(-1)[:, None]
+        t = (dot / length[rows]).clip(0, 1)
+        distance = np.sqrt((offset - 2 * t * dot + t**2 * length[rows]).min(-1).clip(0))
+        ink[rows] = ((width[rows] - distance) * side / 2 + 0.5).clip(0, 1)
+    paper = stream.uniform(0.4, 0.8, (count, 3, 1))
+    contrast = -stream.uniform(0.13, 0.28, (count, 1, 1))           # ink is darker than paper
+    tint = stream.normal(0, 0.05, (count, 3, 1))
+    shading = (stream.normal(0, 0.06, (count, 2)).astype(np.float32) @ grid.T)[:, None]
+    pixels = 0.03 * stream.standard_normal((count, 3, side * side), np.float32)
+    pixels += (contrast + tint).astype(np.float32) * ink[:, None] + shading
+    pixels += paper.astype(np.float32)
+    pixels = torch.from_numpy((pixels.clip(0, 1) * 255).round().astype(np.uint8))
+    pixels = pixels.view(count, 3, side, side)
+    names = [f"drawing-{image // per_class:03d}" for image in range(count)]
+    paths = [f"glyphs/{name}/{image % per_class:02d}" for image, name in enumerate(names)]
+    half = count // 2
+    return (ImageSet(paths[:half], names[:half], size, pixels=pixels[:half]),
+            ImageSet(paths[half:], names[half:], size, pixels=pixels[half:]))
+
+
+def _gaussian(seed, size):
+    """Appendix E of Panum et al.: N(0.25, s^2) against N(0.75, s^2) per pixel, s = 0.025.
+
+    512 images of each class, split at random into 508 and 516: both classes are in both halves.
+    """
+    side = round(256 * size / 224)
+    stream = random_stream(seed, 0, DATA)
+    mean = np.repeat([0.25, 0.75], 512)
+    pixels = stream.normal(size=(1024, 3, side, side), scale=0.025).astype(np.float32)
+    pixels = ((pixels + mean[:, None, None, None]).clip(0, 1) * 255).round().astype(np.uint8)
+    order = stream.permutation(1024)
+    halves = []
+    for rows in (np.sort(order[:508]), np.sort(order[508:])):
+        names = [f"mean-{mean[row]:.2f}" for row in rows]
+        halves.append(ImageSet([f"gaussian/{name}/{row:04d}" for row, name in zip(rows, names)],
+                               names, size, pixels=torch.from_numpy(pixels[rows])))
+    return halves[0], halves[1]
+
+
+def balanced_subset(dataset: ImageSet, count: int) -> ImageSet:
+    """A fixed class-balanced subset of `count` images: one more of every class, round by round."""
+    seen, turn = Counter(), []
+    for label in dataset.labels.tolist():
+        turn.append(seen[label])
+        seen[label] += 1
+    return dataset.subset(sorted(np.argsort(turn, kind="stable")[:count].tolist()))
+
+
+def split_validation(train: ImageSet, classes: int) -> tuple[ImageSet, ImageSet]:
+    """The last `classes` training classes become validation; training keeps the others."""
+    if not 0 < classes < len(train.classes):
+        raise UserError(f"--val-classes {classes} must leave training classes: the data set has "
+                        f"{len(train.classes)}; lower it")
+    kept = train.labels < len(train.classes) - classes
+    return train.subset(kept.nonzero()[:, 0]), train.subset((~kept).nonzero()[:, 0])
+
+
+def shuffled_batches(count: int, batch_size: int, seed: int, epoch: int,
+                     purpose: int = BATCHES) -> list[Tensor]:
+    """A permutation of `count` images cut into batches: a function of (seed, epoch).
+
+    The last partial batch is dropped, unless it is the only one.
+    """
+    order = torch.from_numpy(random_stream(seed, epoch, purpose).permutation(count))
+    batches = list(order.split(batch_size))
+    return batches[:-1] if len(batches) > 1 and len(batches[-1]) < batch_size else batches
+
+
+def class_balanced_batches(labels: Tensor, batch_size: int, images_per_class: int, seed: int,
+                           epoch: int, purpose: int = BATCHES) -> list[Tensor]:
+    """P x K batches: P = batch_size / images_per_class distinct classes, K images of each.
+
+    An epoch: every class's images are shuffled and dealt into groups of K; batches draw P distinct
+    classes, the probability of a class being the number of groups it has left, until fewer than P
+    classes have any. An image is seen at most once. Raises UserError when P classes with K images
+    do not exist.
+    """
+    per_batch, rest = divmod(batch_size, images_per_class)
+    if rest:
+        raise UserError(f"--batch-size {batch_size} is not a multiple of --images-per-class "
+                        f"{images_per_class}: change one of them")
+    stream = random_stream(seed, epoch, purpose)
+    labels = labels.numpy()
+    groups = []
+    for label in np.unique(labels):
+        rows = stream.permutation(np.flatnonzero(labels == label))
+        groups.append([rows[i:i + images_per_class]
+                       for i in range(0, len(rows) - images_per_class + 1, images_per_class)])
+    left = np.array([len(group) for group in groups])
+    if (left > 0).sum() < per_batch:
+        raise UserError(f"a batch needs {per_batch} classes of {images_per_class} images but the "
+                        f"training split has {(left > 0).sum()}: lower --batch-size (now "
+                        f"{batch_size}) or raise --images-per-class")
+    batches = []
+    while (left > 0).sum() >= per_batch:
+        drawn = stream.choice(len(left), per_batch, replace=False, p=left / left.sum())
+        left[drawn] -= 1
+        batches.append(torch.from_numpy(np.concatenate([groups[c][left[c]] for c in drawn])))
+    return batches
+
+
+def load_batches(dataset: ImageSet, batches, seed: int = 0, epoch: int = 0, *, augment: bool = True,
+                 scale=(0.08, 1.0), workers: int = 0, device="cpu"):
+    """Yield (images (B, 3, S, S) in [0, 1] on device, labels (B,), indices (B,)) for each batch.
+
+    augment: random views whose parameters come from (seed, epoch, image index) alone, so the
+    result does not depend on `workers` (threads that prepare the next two batches; 0: none) or on
+    the order of the batches. Otherwise evaluation views.
+    """
+    def view(index):
+        if augment:
+            return dataset.random_view(index, random_stream(seed, epoch, AUGMENT, index), scale)
+        return dataset.view(index)
+
+    def finish(views, batch):
+        images = torch.stack(views).to(device, non_blocking=True, memory_format=CHANNELS_LAST)
+        return (images.float().div_(255), dataset.labels[batch].to(device, non_blocking=True),
+                batch.to(device, non_blocking=True))
+
+    if workers == 0:
+        for batch in batches:
+            yield finish([view(index) for index in batch.tolist()], batch)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = deque()
+        for batch in batches:
+            waiting.append(([pool.submit(view, index) for index in batch.tolist()], batch))
+            if len(waiting) > 2:
+                views, ready = waiting.popleft()
+                yield finish([future.result() for future in views], ready)
+        for views, ready in waiting:
+            yield finish([future.result() for future in views], ready)
+
+
+# ---- models ----------------------------------------------------------------------------------
+
+ARCHS = ("convnet", "mobilenetv2", "bninception", "resnet18", "resnet50")
+TORCHVISION = {"mobilenetv2": "mobilenet_v2", "resnet18": "resnet18", "resnet50": "resnet50"}
+
+
+class EmbeddingModel(nn.Module):
+    """Images (B, 3, S, S) in [0, 1] -> unit embeddings (B, D): normalise, backbone, pool, linear.
+
+    amp: run the backbone in bfloat16; pooling, head and everything after stay in float32.
+    """
+
+    def __init__(self, normalize, backbone, channels, embedding_dim, pool):
+        super().__init__()
+        self.normalize = normalize
+        self.backbone = backbone
+        self.head = nn.Linear(channels, embedding_dim)
+        nn.init.kaiming_normal_(self.head.weight, mode="fan_out")     # as the Proxy Anchor code
+        nn.init.zeros_(self.head.bias)
+        self.pool = pool
+        self.amp = False
+
+    def forward(self, images):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
+            maps = self.backbone(self.normalize(images))              # (B, channels, h, w)
+        maps = maps.float() if self.amp else maps
+        pooled = maps.mean((2, 3))
+        if self.pool == "avgmax":
+            pooled = pooled + maps.amax((2, 3))
+        return F.normalize(self.head(pooled), dim=1)
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std per channel, with RGB turned into BGR for networks that came from Caffe."""
+
+    def __init__(self, mean, std, bgr=False):
+        super().__init__()
+        self.bgr = bgr
+        for name, value in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(value).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images):
+        return ((images.flip(1) if self.bgr else images) - self.mean) / self.std
+
+
+def _convnet():
+    """Four 3 x 3 convolutions, the first three with stride 2: small, and fast on a CPU."""
+    layers, width = [], 3
+    for channels, stride in ((16, 2), (32, 2), (64, 2), (128, 1)):
+        layers += [nn.Conv2d(width, channels, 3, stride, 1, bias=False), nn.BatchNorm2d(channels),
+                   nn.ReLU(inplace=True)]
+        width = channels
+    return nn.Sequential(*layers), width
+
+
+class BNInception(nn.Module):
+    """Inception with batch normalisation (Ioffe & Szegedy, ICML 2015), the Caffe version.
+
+    Every convolution has a bias and is followed by BatchNorm and ReLU. Names of the parameters are
+    those of the public weight files (`bn_inception-52deb4733.pth`).
+    """
+
+    # block: input, 1x1, (3x3_reduce, 3x3), (double_3x3_reduce, double_3x3), pool, pool_proj.
+    # Blocks without 1x1 have stride 2 and pass their pooled input through.
+    BLOCKS = {
+        "3a": (192, 64, (64, 64), (64, 96), "avg", 32),
+        "3b": (256, 64, (64, 96), (64, 96), "avg", 64),
+        "3c": (320, 0, (128, 160), (64, 96), "max", 0),
+        "4a": (576, 224, (64, 96), (96, 128), "avg", 128),
+        "4b": (576, 192, (96, 128), (96, 128), "avg", 128),
+        "4c": (576, 160, (128, 160), (128, 160), "avg", 128),
+        "4d": (608, 96, (128, 192), (160, 192), "avg", 128),
+        "4e": (608, 0, (128, 192), (192, 256), "max", 0),
+        "5a": (1056, 352, (192, 320), (160, 224), "avg", 128),
+        "5b": (1024, 352, (192, 320), (192, 224), "max", 128),
+    }
+
+    def __init__(self):
+        super().__init__()
+        self._add("conv1_7x7_s2", 3, 64, 7, stride=2)
+        self._add("conv2_3x3_reduce", 64, 64, 1)
+        self._add("conv2_3x3", 64, 192, 3)
+        for block, (width, one, three, double, _, proj) in self.BLOCKS.items():
+            stride, name = (1 if one else 2), f"inception_{block}_"
+            if one:
+                self._add(name + "1x1", width, one, 1)
+            self._add(name + "3x3_reduce", width, three[0], 1)
+            self._add(name + "3x3", three[0], three[1], 3, stride)
+            self._add(name + "double_3x3_reduce", width, double[0], 1)
+            self._add(name + "double_3x3_1", double[0], double[1], 3)
+            self._add(name + "double_3x3_2", double[1], double[1], 3, stride)
+            if proj:
+                self._add(name + "pool_proj", width, proj, 1)
+
+    def _add(self, name, width, channels, kernel, stride=1):
+        self.add_module(name, nn.Conv2d(width, channels, kernel, stride, kernel // 2))
+        self.add_module(name + "_bn", nn.BatchNorm2d(channels))
+
+    def _run(self, maps, *names):
+        for name in names:
+            maps = F.relu(getattr(self, name + "_bn")(getattr(self, name)(maps)))
+        return maps
+
+    def forward(self, maps):
+        # ceil_mode in every pooling: Caffe rounds sizes up.
+        maps = F.max_pool2d(self._run(maps, "conv1_7x7_s2"), 3, 2, ceil_mode=True)
+        maps = self._run(maps, "conv2_3x3_reduce", "conv2_3x3")
+        maps = F.max_pool2d(maps, 3, 2, ceil_mode=True)
+        for block, (_, one, _, _, pool, proj) in self.BLOCKS.items():
+            name = f"inception_{block}_"
+            out = [self._run(maps, name + "1x1")] if one else []
+            out.append(self._run(maps, name + "3x3_reduce", name + "3x3"))
+            out.append(self._run(maps, name + "double_3x3_reduce", name + "double_3x3_1",
+                                 name + "double_3x3_2"))
+            if not one:
+                out.append(F.max_pool2d(maps, 3, 2, ceil_mode=True))
+            else:
+                pooling = F.avg_pool2d if pool == "avg" else F.max_pool2d
+                out.append(self._run(pooling(maps, 3, 1, 1, ceil_mode=True), name + "pool_proj"))
+            maps = torch.cat(out, 1)
+        return maps
+
+
+def build_model(arch: str, embedding_dim: int = 128, weights: str = "none",
+                pool: str | None = None) -> EmbeddingModel:
+    """A network from [0, 1] images (B, 3, S, S) to unit embeddings (B, embedding_dim).
+
+    arch: one of ARCHS. weights: "imagenet" (torchvision's IMAGENET1K_V1, downloaded once), "none"
+    (random) or a file of ImageNet weights, with or without its classifier. pool: "avg", or
+    "avgmax" (average and maximum summed: Proxy Anchor's head, the default of bninception).
+    """
+    if arch not in ARCHS:
+        raise UserError(f"unknown --arch {arch!r}: choose one of {', '.join(ARCHS)}")
+    state = None if weights == "none" else _pretrained(arch, weights)
+    if arch in TORCHVISION:
+        net = torchvision.models.get_model(TORCHVISION[arch])
+        children = OrderedDict(net.named_children())
+        channels = (children.popitem()[1][-1] if arch == "mobilenetv2" else net.fc).in_features
+        if arch != "mobilenetv2":
+            del children["avgpool"], children["fc"]
+        backbone = nn.Sequential(children)                            # keeps torchvision's names
+    else:
+        backbone, channels = (BNInception(), 1024) if arch == "bninception" else _convnet()
+    if state is not None:
+        _load_backbone(backbone, state, arch, weights)
+    normalize = (Normalize([104 / 255, 117 / 255, 128 / 255], [1 / 255] * 3, bgr=True)
+                 if arch == "bninception" else Normalize([0.485, 0.456, 0.406],
+                                                         [0.229, 0.224, 0.225]))
+    pool = pool or ("avgmax" if arch == "bninception" else "avg")
+    model = EmbeddingModel(normalize, backbone, channels, embedding_dim, pool)
+    return model.to(memory_format=CHANNELS_LAST)
+
+
+def _pretrained(arch, weights):
+    """The state dict of an ImageNet network: torchvision's, or the user's file."""
+    if weights != "imagenet":
+        return _torch_load(weights, "a weights file")
+    if arch == "bninception":
+        raise UserError("torchvision has no bninception weights: get bn_inception-52deb4733.pth and"
+                        " pass --weights FILE, or --weights none for a random start")
+    if arch == "convnet":
+        raise UserError("there are no ImageNet weights for convnet: use --weights none")
+    entry = torchvision.models.get_model_weights(TORCHVISION[arch])["IMAGENET1K_V1"]
+    try:
+        return entry.get_state_dict(progress=False, check_hash=True)
+    except (URLError, OSError, RuntimeError) as error:
+        raise UserError(f"cannot download {os.path.basename(entry.url)} ({error}): fetch it from "
+                        f"{entry.url} and pass --weights FILE, or --weights none for a random "
+                        f"start") from error
+
+
+def _load_backbone(backbone, state, arch, weights):
+    """Load a classifier's weights into its backbone; a file that does not fit is one line."""
+    if "members" in state and "format" in state:
+        raise UserError(f"{weights} is a checkpoint of a run, not ImageNet weights: continue the "
+                        f"run with --resume or evaluate it with eval.py")
+    state = state.get("state_dict", state)
+    own = backbone.state_dict()
+    state = {name: value.squeeze(0) if value.dim() == 2 and value.size(0) == 1 else value
+             for name, value in state.items()             # old bninception files: BatchNorm [1, C]
+             if isinstance(value, Tensor) and not name.startswith(("classifier.", "fc.", "last_linear."))}
+    for name, value in own.items():                       # absent in files of old torch versions
+        if name.endswith("num_batches_tracked"):
+            state.setdefault(name, value)
+    missing = [name for name in own if name not in state]
+    unknown = [name for name in state if name not in own]
+    other = [name for name in own if name in state and own[name].shape != state[name].shape]
+    if missing or unknown or other:
+        example = (missing + unknown + other)[0]
+        raise UserError(f"{weights} does not fit --arch {arch}: {len(missing)} tensors missing, "
+                        f"{len(unknown)} unknown, {len(other)} of another shape (first: {example});"
+                        f" give ImageNet weights of {arch}")
+    backbone.load_state_dict(state)
+
+
+@contextlib.contextmanager
+def eval_mode(*models):
+    """Evaluation mode inside the `with`; afterwards every module is in the mode it was in."""
+    modules = [module for model in models if isinstance(model, nn.Module)
+               for module in model.modules()]
+    modes = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, mode in zip(modules, modes):
+            module.training = mode
+
+
+@contextlib.contextmanager
+def frozen(*models):
+    """eval_mode, and parameters that need no gradient: the state in which attacks are crafted.
+
+    Attacks only need input gradients; not preparing the others saves a third of the time.
+    """
+    parameters = [parameter for model in models if isinstance(model, nn.Module)
+                  for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        with eval_mode(*models):
+            yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def train_mode(model: nn.Module, freeze_bn: bool) -> None:
+    """Training mode; freeze_bn keeps the BatchNorm statistics fixed (weight and bias still train)."""
+    model.train()
+    if freeze_bn:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+
+def load_model(path, device="cpu") -> list[nn.Module]:
+    """The members of a run (its folder or its last.pt), in eval mode on `device`."""
+    return build_members(load_checkpoint(path), device)
+
+
+def build_members(checkpoint, device="cpu"):
+    args, members = checkpoint["args"], []
+    for state in checkpoint["members"]:
+        model = build_model(args["arch"], args["embedding_dim"], "none", args["pool"])
+        model.load_state_dict(state)
+        members.append(model.to(device).eval())
+    return members
+
+
+# ---- losses ----------------------------------------------------------------------------------
+
+def proxy_anchor_loss(embeddings: Tensor, labels: Tensor, proxies: Tensor, margin: float = 0.1,
+                      scale: float = 32.0) -> Tensor:
+    """Proxy Anchor, Eq. (4) of Kim et al., CVPR 2020 (https://arxiv.org/abs/2003.13911).
+
+    embeddings (B, D) and proxies (C, D) of any norm: normalised here. labels (B,) int64 in [0, C).
+    margin: the paper's delta, in cosine. scale: its alpha. Returns a scalar >= 0. A class that is
+    absent from the batch adds nothing to the pull and counts in the push, as in the paper.
+    """
+    cosine = F.normalize(embeddings, dim=1) @ F.normalize(proxies, dim=1).T           # (B, C)
+    positive = F.one_hot(labels, len(proxies)).bool()                                  # (B, C)
+    pull = (-scale * (cosine - margin)).masked_fill(~positive, -torch.inf).logsumexp(0)
+    push = (scale * (cosine + margin)).masked_fill(positive, -torch.inf).logsumexp(0)
+    # softplus(logsumexp(z)) = log(1 + sum exp z) without overflow
+    return F.softplus(pull).sum() / positive.any(0).sum() + F.softplus(push).mean()
+
+
+def triplet_loss(anchor: Tensor, positive: Tensor, negative: Tensor, margin: float = 0.2,
+                 squared: bool = False, reduction: str = "mean") -> Tensor:
+    """max(0, d(a, p) - d(a, n) + margin) of embeddings (T, D); d Euclidean, or its square.
+
+    reduction: "mean" over all triplets, or "nonzero": over the strictly positive terms.
+    No triplets: 0, with a graph.
+    """
+    near, far = _distance(anchor, positive), _distance(anchor, negative)
+    if squared:
+        near, far = near.square(), far.square()
+    return _reduce(F.relu(near - far + margin), reduction)
+
+
+def contrastive_loss(first: Tensor, second: Tensor, same: Tensor, margin: float = 1.0,
+                     reduction: str = "mean") -> Tensor:
+    """d(x, y) of positive pairs plus max(0, margin - d(x, y)) of negative pairs, a mean of each.
+
+    first, second (T, D); same: bool (T,), whether the pair is a positive one. reduction as in
+    triplet_loss, over either kind of pair by itself. (Panum et al., Sec. 3.1; Hadsell et al. 2006)
+    """
+    distance = _distance(first, second)
+    return (_reduce(distance[same], reduction)
+            + _reduce(F.relu(margin - distance[~same]), reduction))
+
+
+def _distance(first, second):
+    """Euclidean distance of rows; its gradient at first == second is 0 (no epsilon is added)."""
+    return torch.linalg.vector_norm(first - second, dim=1)
+
+
+def _reduce(terms, reduction):
+    if reduction not in ("mean", "nonzero"):
+        raise ValueError(f"reduction must be 'mean' or 'nonzero', not {reduction!r}")
+    count = (terms > 0).sum() if reduction == "nonzero" else torch.tensor(len(terms))
+    return terms.sum() / count.clamp(min=1).to(terms.device)
+
+
+@torch.no_grad()
+def mine_triplets(embeddings: Tensor, labels: Tensor, how: str, generator=None, *, anchors=None,
+                  margin: float = 0.2, cutoffs=(0.5, 1.4)) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw one triplet per anchor: (a, p, n), row numbers int64 (T,).
+
+    anchors: rows to use (None: every row). An anchor without another image of its class, or
+    without an image of another class, is dropped, so T may be 0. The positive is uniform among the
+    OTHER rows of the class (softhard excepted), the negative is
+
+        random    uniform over rows of other classes
+        semihard  uniform over negatives with d(a, p) < d(a, n) < d(a, p) + margin, else random
+        softhard  uniform over negatives nearer than the farthest positive, else random; its
+                  positive is uniform over positives farther than the nearest negative, else random
+        distance  drawn with probability 1 / q(d), distance-weighted sampling (Wu et al., ICCV 2017)
+        hardest   the nearest one
+
+    cutoffs: distances below the first count as it; negatives beyond the second are left out unless
+    none is nearer (then the nearest); None switches either off.
+    """
+    if how not in ("random", "semihard", "softhard", "distance", "hardest"):
+        raise ValueError(f"unknown mining {how!r}: random, semihard, softhard, distance or hardest")
+    rows = torch.arange(len(labels), device=labels.device)
+    anchors = rows if anchors is None else anchors.to(labels.device)
+    same = labels[anchors, None] == labels                                             # (A, B)
+    other = same & (anchors[:, None] != rows)
+    usable = other.any(1) & ~same.all(1)
+    anchors, positive, negative = anchors[usable], other[usable], ~same[usable]
+    if len(anchors) == 0:
+        return anchors, anchors, anchors
+    # exact differences: the matmul form of cdist is off by 1e-3 for near-identical rows
+    distance = torch.cdist(embeddings[anchors].float(), embeddings.float(),
+                           compute_mode="donot_use_mm_for_euclid_dist")                # (T, B)
+    nearest_negative = distance.masked_fill(~negative, torch.inf)
+    farthest_positive = distance.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
+
+    def draw(wanted, fallback):
+        chosen = torch.where(wanted.any(1, keepdim=True), wanted, fallback)
+        return torch.multinomial(chosen.float(), 1, generator=generator)[:, 0]
+
+    harder = positive & (distance > nearest_negative.amin(1, keepdim=True))
+    p = draw(harder if how == "softhard" else positive, positive)
+    to_positive = distance.gather(1, p[:, None])
+    if how == "hardest":
+        return anchors, p, nearest_negative.argmin(1)
+    if how == "distance":
+        return anchors, p, _distance_weighted(nearest_negative, embeddings.shape[1], cutoffs,
+                                              generator)
+    wanted = {"random": negative,
+              "semihard": negative & (distance > to_positive) & (distance < to_positive + margin),
+              "softhard": negative & (distance < farthest_positive)}[how]
+    return anchors, p, draw(wanted, negative)
+
+
+def _distance_weighted(distance, dim, cutoffs, generator):
+    """One negative per row with weight 1 / q(d); distance (T, B) is inf where not a negative.
+
+    q(d) ~ d^(dim - 2) (1 - d^2 / 4)^((dim - 3) / 2) is the density of distances on the sphere.
+    Weights are normalised row by row: over the whole matrix they underflow at dim 512.
+    """
+    low, high = cutoffs
+    allowed = distance < (torch.inf if high is None else high)
+    allowed = torch.where(allowed.any(1, keepdim=True), allowed,
+                          distance == distance.amin(1, keepdim=True))
+    d = distance.double().clamp(max(low or 0, 1e-4), 1.99)
+    log_weight = (2 - dim) * d.log() - (dim - 3) / 2 * torch.log1p(-d.square() / 4)
+    weight = log_weight.masked_fill(~allowed, -torch.inf).softmax(1)
+    return torch.multinomial(weight, 1, generator=generator)[:, 0]
+
+
+# ---- attack ----------------------------------------------------------------------------------
+
+def pgd(objective, images: Tensor, eps: float, step_size: float, steps: int,
+        random_start: bool = True, start: Tensor | None = None, keep: str = "last") -> Tensor:
+    """Maximise objective(x) over ||x - images||_inf <= eps and x in [0, 1], by sign steps.
+
+    Projected gradient ascent (Madry et al., ICLR 2018, Sec. 2.1). images (B, C, H, W) in [0, 1];
+    eps and step_size in pixel values. objective: images -> one value per image, or one per tuple
+    of images when tuples are stacked ([a; p; n] gives (B / 3,)); its sum is ascended.
+    start: begin here (projected) instead of uniformly at random in the ball (random_start) or at
+    the images. keep: "last" iterate, or per image (tuple) the "best" one, the start included.
+    Returns images in [0, 1], detached. Parameters receive no gradients. The mode of the model is
+    the caller's choice: `with eval_mode(model):`.
+    """
+    if keep not in ("last", "best"):
+        raise ValueError(f"keep must be 'last' or 'best', not {keep!r}")
+    images = images.detach()
+    lower, upper = (images - eps).clamp(min=0), (images + eps).clamp(max=1)
+    if start is not None:
+        x = start.detach()
+    elif random_start:
+        x = images + torch.empty_like(images).uniform_(-eps, eps)
+    else:
+        x = images
+    x = x.clamp(lower, upper).detach()
+    best, best_value = x.clone(), None
+    for step in range(steps + 1):
+        if step == steps and keep == "last":
+            return x
+        x.requires_grad_()
+        with torch.enable_grad():
+            value = objective(x)
+            if step < steps:
+                (gradient,) = torch.autograd.grad(value.sum(), x)
+        x, value = x.detach(), value.detach()
+        if keep == "best":
+            better = value > best_value if best_value is not None else torch.ones_like(value) > 0
+            tuples = better.repeat(len(x) // len(better)).view(-1, *[1] * (x.dim() - 1))
+            best = torch.where(tuples, x, best)
+            best_value = value if best_value is None else torch.maximum(value, best_value)
+        if step < steps:
+            x = (x + step_size * gradient.sign()).clamp(lower, upper)
+    return best
+
+
+def shift_objective(models, references):
+    """sum_i 1 - cos(F_i(x'), F_i(x)): how far an attack moves every member's embedding.
+
+    EAT, Eq. (10), with the distance of its Eq. (5); references: the clean embeddings F_i(x), one
+    (B, D) per model. Label-free, hence the same in training and on unseen classes. Its gradient at
+    x' = x is zero (rounding noise in floating point): start anywhere else.
+    """
+    references = [reference.detach() for reference in references]
+    return lambda images: sum(1 - (model(images) * reference).sum(1)
+                              for model, reference in zip(models, references))
+
+
+# ---- metrics ---------------------------------------------------------------------------------
+
+def _similarities(embeddings, labels, gallery=None, gallery_labels=None):
+    """Chunk by chunk: (rows, similarity (b, N), relevant (b, N) bool), for the three gallery forms.
+
+    similarity orders candidates as the Euclidean distance does: x.y - |y|^2 / 2. The query itself
+    (leave-one-out, or row i of a gallery of the same images) is -inf and never relevant.
+    """
+    same_images = gallery_labels is None
+    gallery = embeddings if gallery is None else gallery
+    gallery_labels = labels if same_images else gallery_labels
+    if same_images and len(gallery) != len(embeddings):
+        raise ValueError(f"a gallery without labels holds the same images in the same order: "
+                         f"{len(gallery)} rows for {len(embeddings)} queries")
+    # A matrix product rounds equal columns differently, and equal images must tie: multiply once.
+    distinct, column = gallery.unique(dim=0, return_inverse=True)
+    if len(distinct) == len(gallery):
+        distinct, column = gallery, None
+    half_norm = distinct.square().sum(1) / 2
+    for rows in torch.arange(len(labels), device=labels.device).split(max(1, 2**24 // len(gallery))):
+        similarity = embeddings[rows] @ distinct.T - half_norm
+        similarity = similarity if column is None else similarity[:, column]
+        relevant = labels[rows, None] == gallery_labels
+        if same_images:
+            similarity[torch.arange(len(rows)), rows] = -torch.inf
+            relevant[torch.arange(len(rows)), rows] = False
+        yield rows, similarity, relevant
+
+
+@torch.no_grad()
+def recall_at_k(embeddings: Tensor, labels: Tensor, ks=(1, 2, 4, 8), gallery: Tensor | None = None,
+                gallery_labels: Tensor | None = None) -> dict[int, float]:
+    """Recall@K: the share of queries with a same-class item among their K nearest candidates.
+
+    embeddings (n, D), labels (n,). gallery None: leave-one-out. gallery without gallery_labels: the
+    same images in the same order (template matching), row i is not a candidate of query i. gallery
+    with gallery_labels: another set, every row is a candidate. Ties count against the query: a hit
+    needs fewer than K candidates of other classes at least as near as the nearest one of its own.
+    A query whose class has no candidate is a miss. -> {K: share in [0, 1]}.
+    """
+    hits = torch.zeros(len(ks), dtype=torch.int64)
+    for rows, similarity, relevant in _similarities(embeddings, labels, gallery, gallery_labels):
+        nearest = similarity.masked_fill(~relevant, -torch.inf).amax(1, keepdim=True)
+        # not (other < nearest), so that a NaN counts against the query too
+        nearer = (~relevant & ~(similarity < nearest)).sum(1)
+        found = relevant.any(1) & nearest[:, 0].isfinite()
+        hits += torch.stack([(found & (nearer < k)).sum() for k in ks]).cpu()
+    return {k: hit / max(len(labels), 1) for k, hit in zip(ks, hits.tolist())}
+
+
+@torch.no_grad()
+def map_at_r(embeddings: Tensor, labels: Tensor, gallery: Tensor | None = None,
+             gallery_labels: Tensor | None = None) -> float:
+    """mAP@R (Musgrave et al., ECCV 2020): average precision over the first R candidates.
+
+    R is the number of candidates of the query's class; AP@R = 1/R sum_{k<=R} precision@k * rel_k.
+    Arguments as in recall_at_k. Queries with R = 0 are left out of the mean. Ties count against
+    the query.
+    """
+    total, queries = 0.0, 0
+    for rows, similarity, relevant in _similarities(embeddings, labels, gallery, gallery_labels):
+        count = relevant.sum(1)
+        if count.max() > 0:
+            hit = relevant.gather(1, _nearest(similarity, relevant, int(count.max())))
+            total += float(_average_precision(hit, count).sum())
+        queries += int((count > 0).sum())
+    return total / max(queries, 1)
+
+
+def _nearest(similarity, relevant, k):
+    """Indices (b, k) of the nearest candidates; in a tie (or NaN) the irrelevant one comes first."""
+    below = torch.nextafter(similarity, similarity.new_tensor(-torch.inf))
+    ranked = torch.where(relevant, below.nan_to_num(nan=-torch.inf),
+                         similarity.nan_to_num(nan=torch.inf))
+    return ranked.topk(min(k, similarity.shape[1])).indices
+
+
+def _average_precision(hit, count):
+    """AP@R per query from hit (b, k >= R) in rank order and R = count (b,); 0 where R = 0."""
+    rank = torch.arange(1, hit.shape[1] + 1, device=hit.device)
+    hit = hit & (rank <= count[:, None])
+    return (hit.cumsum(1) / rank * hit).double().sum(1) / count.clamp(min=1)
+
+
+@torch.no_grad()
+def kmeans(embeddings: Tensor, clusters: int, seed: int) -> Tensor:
+    """Lloyd's k-means: cluster ids int64 (N,). Deterministic in the seed.
+
+    Starts at k-means++ centres (distinct random rows above 1,000 clusters), stops when no
+    assignment changes, after 20 iterations at most. A cluster that loses all its rows keeps its
+    centre, so fewer distinct rows than clusters is no error.
+    """
+    stream = random_stream(seed, 0, EVALUATE)
+    points = embeddings.float()
+    clusters = min(clusters, len(points))
+    if clusters > 1000:
+        centres = points[torch.from_numpy(stream.permutation(len(points))[:clusters]).to(points.device)]
+    else:
+        chosen = [int(stream.integers(len(points)))]
+        nearest = (points - points[chosen[0]]).square().sum(1)
+        for _ in range(clusters - 1):                 # next centre with probability ~ distance^2
+            cumulative = nearest.double().cumsum(0)
+            draw = stream.random() * float(cumulative[-1])
+            row = int(torch.searchsorted(cumulative, draw, right=True).clamp(max=len(points) - 1))
+            chosen.append(row)
+            nearest = torch.minimum(nearest, (points - points[row]).square().sum(1))
+        centres = points[torch.tensor(chosen, device=points.device)]
+    assigned = torch.full((len(points),), -1, device=points.device)
+    for _ in range(20):
+        half_norm = centres.square().sum(1) / 2
+        chunks = points.split(max(1, 2**24 // clusters))
+        nearest = torch.cat([(chunk @ centres.T - half_norm).argmax(1) for chunk in chunks])
+        if torch.equal(nearest, assigned):
+            break
+        assigned = nearest
+        sums = torch.zeros_like(centres).index_add_(0, assigned, points)
+        count = torch.bincount(assigned, minlength=clusters)[:, None]
+        centres = torch.where(count > 0, sums / count.clamp(min=1), centres)
+    return assigned
+
+
+def _contingency(labels, clusters):
+    """Sizes of classes, of clusters and of their non-empty intersections, float64."""
+    labels, clusters = labels.cpu().unique(return_inverse=True)[1], \
+        clusters.cpu().unique(return_inverse=True)[1]
+    pairs, both = (labels * (int(clusters.max()) + 1) + clusters).unique(return_counts=True)
+    return (labels.bincount().double(), clusters.bincount().double(), both.double(),
+            pairs // (int(clusters.max()) + 1), pairs % (int(clusters.max()) + 1))
+
+
+def _entropy(sizes):
+    share = sizes / sizes.sum()
+    return float(-(share * share.log()).sum())
+
+
+def _mutual_information(rows, columns, both, i, j):
+    total = both.sum()
+    return float((both / total * (both.log() + total.log() - rows[i].log() - columns[j].log())).sum())
+
+
+def nmi(labels: Tensor, clusters: Tensor) -> float:
+    """Normalised mutual information 2 I(L; C) / (H(L) + H(C)), in [0, 1] (EAT, Eq. (13))."""
+    rows, columns, both, i, j = _contingency(labels, clusters)
+    if len(rows) == len(columns) == 1:
+        return 1.0
+    information = _mutual_information(rows, columns, both, i, j)
+    return min(max(2 * information / (_entropy(rows) + _entropy(columns)), 0.0), 1.0)
+
+
+def ami(labels: Tensor, clusters: Tensor) -> float:
+    """Adjusted mutual information (Vinh et al., JMLR 2010): NMI with chance at 0, at most 1.
+
+    (I - E[I]) / (mean(H(L), H(C)) - E[I]), E over random assignments with the same sizes.
+    """
+    rows, columns, both, i, j = _contingency(labels, clusters)
+    if len(rows) == len(columns) == 1:
+        return 1.0
+    total = rows.sum()
+    log_factorial = torch.lgamma(torch.arange(int(total) + 2, dtype=torch.float64) + 1)
+
+    def log_factorials(sizes):
+        return log_factorial[sizes.long()]
+
+    # E[I] (their Eq. 24a) depends on the sizes a, b alone: sum over distinct sizes, with counts.
+    row_size, row_count = rows.unique(return_counts=True)
+    column_size, column_count = columns.unique(return_counts=True)
+    expected = 0.0
+    for a, times_a in zip(row_size, row_count):
+        b, times = column_size[:, None], column_count[:, None] * times_a             # (sizes, 1)
+        n = torch.arange(1, int(min(a, column_size.max())) + 1, dtype=torch.float64)   # (values,)
+        possible = (n >= a + b - total) & (n <= b)
+        n = torch.where(possible, n, torch.minimum(a, b))                              # a legal value
+        log_probability = (log_factorials(a) + log_factorials(b) + log_factorials(total - a)
+                           + log_factorials(total - b) - log_factorials(total)
+                           - log_factorials(n) - log_factorials(a - n)
+                           - log_factorials(b - n) - log_factorials(total - a - b + n))
+        term = n / total * (n.log() + total.log() - a.log() - b.log()) * log_probability.exp()
+        expected += float((term * possible * times).sum())
+    information = _mutual_information(rows, columns, both, i, j)
+    ceiling = (_entropy(rows) + _entropy(columns)) / 2 - expected
+    tiny = float(np.finfo(np.float64).eps)
+    return (information - expected) / (min(ceiling, -tiny) if ceiling < 0 else max(ceiling, tiny))
+
+
+def pairwise_f1(labels: Tensor, clusters: Tensor) -> float:
+    """F1 of "these two images are of one class" read off the clusters (EAT, Eq. (12))."""
+    rows, columns, both, _, _ = _contingency(labels, clusters)
+    pairs = [float((sizes * (sizes - 1) / 2).sum()) for sizes in (both, rows, columns)]
+    return 2 * pairs[0] / (pairs[1] + pairs[2]) if pairs[1] + pairs[2] else 0.0
+
+
+# ---- inference by voting ---------------------------------------------------------------------
+
+def vote_labels(votes: Tensor) -> Tensor:
+    """Plurality over the first dimension: (N, ...) labels -> (...) labels.
+
+    Among tied labels the one whose first voter comes first: [A, B, B, C, C] -> B, [A, B, C] -> A.
+    """
+    agreeing = (votes[:, None] == votes[None]).sum(1)                    # (N, ...) votes of a label
+    return votes.gather(0, agreeing.argmax(0, keepdim=True))[0]          # argmax: the first maximum
+
+
+def vote_recall(neighbour_labels: Tensor, labels: Tensor, ks=(1, 2, 4, 8)) -> dict[int, float]:
+    """Recall@K of a voting ensemble: position j of the list carries the plurality label of the
+    members' j-th neighbours (`vote_labels`); a hit is the query's label among the first K.
+
+    neighbour_labels (N, n, >= max K or all candidates), labels (n,). -> {K: share in [0, 1]}.
+    """
+    hit = vote_labels(neighbour_labels) == labels[:, None]
+    return {k: float(hit[:, :k].any(1).double().mean()) for k in ks}
+
+
+def cluster_vote_rule(images: int, clusters: int) -> str:
+    """Which of its rules vote_clusters uses for so many images and clusters."""
+    if images <= 5000:
+        return "co-association"
+    return "aligned-optimal" if clusters <= 1000 else "aligned-greedy"
+
+
+@torch.no_grad()
+def vote_clusters(assignments: Tensor, clusters: int) -> Tensor:
+    """One clustering out of the members': ids int64 (n,) from assignments (N, n), `clusters` at most.
+
+    Up to 5,000 images, co-association: two images belong together when most members put them
+    together; average linkage on that relation, down to `clusters`. Above, every member's ids are
+    renamed after the member that agrees best with the others (highest mean NMI; an optimal
+    assignment up to 1,000 clusters, greedy beyond), then the plurality decides.
+    """
+    assignments = assignments.cpu()
+    rule = cluster_vote_rule(assignments.shape[1], clusters)
+    if rule == "co-association":
+        return _co_association(assignments, clusters)
+    members = range(len(assignments))
+    agreement = [np.mean([nmi(assignments[i], assignments[j]) for j in members if j != i] or [1.0])
+                 for i in members]
+    reference = assignments[int(np.argmax(agreement))]
+    size = max(int(assignments.max()) + 1, clusters)
+    renamed = []
+    for own in assignments:
+        cells, overlap = (own * size + reference).unique(return_counts=True)
+        if rule == "aligned-optimal":
+            matrix = torch.zeros(size * size, dtype=torch.int64).index_put_((cells,), overlap)
+            match = _optimal_assignment(matrix.view(size, size).numpy())
+        else:
+            match = _greedy_assignment(cells[overlap.argsort(descending=True, stable=True)], size)
+        renamed.append(torch.from_numpy(match)[own])
+    return vote_labels(torch.stack(renamed))
+
+
+def _co_association(assignments, clusters):
+    # Images with the same ids everywhere are one point with a weight: far fewer than n remain.
+    points, image_point, weight = assignments.T.unique(dim=0, return_inverse=True,
+                                                       return_counts=True)
+    agreeing = sum((ids[:, None] == ids).double() for ids in points.T)             # (m, m)
+    # Most members agree: distance 0, else 1. The share of agreeing members only breaks ties.
+    share = agreeing / len(assignments)
+    distance = (1 - (share > 0.5).double() - 1e-7 * share).numpy()
+    return torch.from_numpy(_average_linkage(distance, weight.numpy(), clusters))[image_point]
+
+
+def _average_linkage(distance, weight, clusters):
+    """Agglomerate weighted points to `clusters` groups, average linkage: ids (m,) int64.
+
+    The nearest-neighbour chain algorithm (Murtagh 1983): O(m^2) for m points.
+    """
+    count = len(distance)
+    distance, weight = distance.copy(), weight.astype(float)
+    np.fill_diagonal(distance, np.inf)
+    alive, chain, merges = np.ones(count, bool), [], []
+    for _ in range(count - 1):
+        if not chain:
+            chain = [int(np.flatnonzero(alive)[0])]
+        while True:
+            last = chain[-1]
+            nearest = int(distance[last].argmin())
+            # a reciprocal pair; the previous link wins ties, or the chain would not end
+            if len(chain) > 1 and distance[last, chain[-2]] <= distance[last, nearest]:
+                break
+            chain.append(nearest)
+        first, second = sorted((chain.pop(), chain.pop()))
+        merges.append((distance[first, second], first, second))
+        share = weight[first] / (weight[first] + weight[second])
+        merged = share * distance[first] + (1 - share) * distance[second]
+        merged[~alive] = merged[first] = merged[second] = np.inf
+        distance[first], distance[:, first] = merged, merged
+        distance[second], distance[:, second] = np.inf, np.inf
+        weight[first] += weight[second]
+        alive[second] = False
+    # Cut: the cheapest merges first (equal heights in the order in which they were made).
+    parent = np.arange(count)
+
+    def root(point):
+        while parent[point] != point:
+            point = parent[point]
+        return point
+
+    for _, first, second in sorted(merges, key=lambda merge: merge[0])[:max(count - clusters, 0)]:
+        parent[root(second)] = root(first)
+    return np.unique([root(point) for point in range(count)], return_inverse=True)[1]
+
+
+def _optimal_assignment(overlap):
+    """Column of each row that maximises the summed overlap (Hungarian algorithm, O(k^3))."""
+    cost, size = -overlap.astype(float), len(overlap)
+    row_price, column_price = np.zeros(size + 1), np.zeros(size + 1)
+    owner = np.zeros(size + 1, int)                        # row of each column, 1-based, 0: none
+    for row in range(1, size + 1):                         # one shortest augmenting path per row
+        owner[0], column = row, 0
+        slack, way = np.full(size + 1, np.inf), np.zeros(size + 1, int)
+        done = np.zeros(size + 1, bool)
+        while owner[column]:
+            done[column] = True
+            reduced = cost[owner[column] - 1] - row_price[owner[column]] - column_price[1:]
+            shorter = np.flatnonzero(~done[1:] & (reduced < slack[1:])) + 1
+            slack[shorter], way[shorter] = reduced[shorter - 1], column
+            following = int(np.where(done, np.inf, slack).argmin())
+            step = slack[following]
+            row_price[owner[done]] += step
+            column_price[done] -= step
+            slack[~done] -= step
+            column = following
+        while column:
+            owner[column] = owner[way[column]]
+            column = way[column]
+    match = np.empty(size, np.int64)
+    match[owner[1:] - 1] = np.arange(size)
+    return match
+
+
+def _greedy_assignment(cells, size):
+    """Column of each row; cells: row * size + column of the overlaps, the largest first."""
+    match, free = np.full(size, -1, np.int64), np.ones(size, bool)
+    for row, column in zip((cells // size).tolist(), (cells % size).tolist()):
+        if match[row] < 0 and free[column]:
+            match[row], free[column] = column, False
+    match[match < 0] = np.flatnonzero(free)                # rows without an overlap: any that is left
+    return match
+
+
+# ---- evaluation ------------------------------------------------------------------------------
+
+KS = {"sop": (1, 10, 100, 1000), "inshop": (1, 10, 20)}            # every other data set: 1, 2, 4, 8
+PROTOCOLS = ("clustering", "template")
+
+
+@torch.no_grad()
+def embed(models, batches) -> list[Tensor]:
+    """The embeddings (n, D) of every model, in the order of the batches; evaluation mode."""
+    outputs = [[] for _ in models]
+    with eval_mode(*models):
+        for images, _, _ in batches:
+            for output, model in zip(outputs, models):
+                output.append(model(images).float())
+    return [torch.cat(output) for output in outputs]
+
+
+def attack_embeddings(models, batches, make_objective, *, eps, step_size, steps, restarts=1,
+                      random_start=True, seed=0, attacked=None) -> list[Tensor]:
+    """The embeddings (n, D) of every model after ONE attack on all of them.
+
+    batches: (images, labels, rows) in order. make_objective(rows) gives the objective to maximise
+    for those images. restarts: the one with the highest objective is kept, per image; restart r
+    draws the same start whatever their number. attacked: bool (n,), the others stay clean.
+    """
+    outputs = [[] for _ in models]
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=cuda), frozen(*models):
+        for number, (images, _, rows) in enumerate(batches):
+            objective = make_objective(rows)
+            best, best_value = None, None
+            for restart in range(restarts):
+                torch.manual_seed(int(random_stream(seed, restart, EVALUATE, number).integers(2**62)))
+                adversarial = pgd(objective, images, eps, step_size, steps, random_start)
+                if restarts == 1:
+                    best = adversarial
+                    break
+                with torch.no_grad():
+                    value = objective(adversarial)
+                if best is None:
+                    best, best_value = adversarial, value
+                better = value > best_value
+                best = torch.where(better.view(-1, 1, 1, 1), adversarial, best)
+                best_value = torch.maximum(value, best_value)
+            if attacked is not None:
+                best = torch.where(attacked[rows].view(-1, 1, 1, 1), best, images)
+            with torch.no_grad():
+                for output, model in zip(outputs, models):
+                    output.append(model(best).float())
+    return [torch.cat(output) for output in outputs]
+
+
+def neighbour_labels(embeddings, labels, k, gallery=None, gallery_labels=None):
+    """Labels (n, k) of the k nearest candidates; gallery forms and ties as in recall_at_k."""
+    names = labels if gallery_labels is None else gallery_labels
+    return torch.cat([names[_nearest(similarity, relevant, k)] for _, similarity, relevant in
+                      _similarities(embeddings, labels, gallery, gallery_labels)])
+
+
+def metrics_by_rule(embeddings, labels, *, ks, clusters, seed, gallery=None, gallery_labels=None,
+                    clustering=True) -> dict[str, dict]:
+    """Every metric for every inference rule, from the members' embeddings [(n, D), ...].
+
+    Rules: member_1 ...; for two members or more also vote, member_mean (the mean of the members'
+    scores), concat (concatenated embeddings) and mean (their normalised average). gallery: one
+    tensor per member. clusters: k of k-means. clustering False: NMI, AMI and F1 are None.
+    """
+    spaces = {f"member_{i + 1}": (own, None if gallery is None else gallery[i])
+              for i, own in enumerate(embeddings)}
+    if len(embeddings) > 1:
+        for name, combine in (("concat", lambda parts: torch.cat(parts, 1) / len(parts) ** 0.5),
+                              ("mean", lambda parts: F.normalize(sum(parts), dim=1))):
+            spaces[name] = (combine(embeddings), None if gallery is None else combine(gallery))
+    scores, assignments = {}, {}
+    for name, (own, other) in spaces.items():
+        recall = recall_at_k(own, labels, ks, other, gallery_labels)
+        scores[name] = {f"R@{k}": recall[k] for k in ks}
+        scores[name]["mAP@R"] = map_at_r(own, labels, other, gallery_labels)
+        assignments[name] = kmeans(own, clusters, seed).cpu() if clustering else None
+        scores[name] |= _cluster_scores(labels, assignments[name])
+    members = [name for name in spaces if name.startswith("member_")]
+    if len(members) > 1:
+        scores = {"vote": _vote_scores(embeddings, labels, ks, clusters, gallery, gallery_labels,
+                                       [assignments[name] for name in members]),
+                  "member_mean": {key: None if value is None else
+                                  float(np.mean([scores[name][key] for name in members]))
+                                  for key, value in scores[members[0]].items()}} | scores
+    singletons = int((_candidate_counts(labels, gallery_labels) == 0).sum())
+    chance = None
+    if clustering:
+        stream = random_stream(seed, 0, EVALUATE)
+        chance = float(np.mean([nmi(labels, torch.from_numpy(stream.integers(clusters, size=len(labels))))
+                                for _ in range(5)]))
+    for score in scores.values():
+        score |= {"NMI_chance": chance, "n_queries": len(labels), "n_singletons": singletons}
+    return scores
+
+
+def _candidate_counts(labels, gallery_labels):
+    """How many candidates of its own class every query has (n,), itself left out."""
+    names = labels if gallery_labels is None else gallery_labels
+    index = torch.cat([labels, names]).unique(return_inverse=True)[1]
+    return index[len(labels):].bincount(minlength=int(index.max()) + 1)[index[:len(labels)]] \
+        - int(gallery_labels is None)
+
+
+def _cluster_scores(labels, assigned):
+    if assigned is None:
+        return {"NMI": None, "AMI": None, "F1": None}
+    return {"NMI": nmi(labels, assigned), "AMI": ami(labels, assigned),
+            "F1": pairwise_f1(labels, assigned)}
+
+
+def _vote_scores(embeddings, labels, ks, clusters, gallery, gallery_labels, assignments):
+    """Scores of the vote, with the share of ties at rank 1 and Recall@1 with ties lost and won.
+
+    mAP@R reads the voted list as a ranking. A tie: several labels share the highest count.
+    """
+    count = _candidate_counts(labels, gallery_labels)
+    candidates = len(labels) - 1 if gallery_labels is None else len(gallery_labels)
+    depth = min(max(int(count.max()), *ks), candidates)
+    votes = torch.stack([neighbour_labels(own, labels, depth, None if gallery is None else gallery[i],
+                                          gallery_labels) for i, own in enumerate(embeddings)])
+    recall = vote_recall(votes, labels, ks)
+    hit = vote_labels(votes) == labels[:, None]
+    precision = _average_precision(hit, count)[count > 0]
+    first = votes[:, :, 0]                                                            # (N, n)
+    agreeing = (first[:, None] == first[None]).sum(1)
+    top = agreeing == agreeing.amax(0)
+    tie = (top & (first != vote_labels(first))).any(0)
+    right = (top & (first == labels)).any(0)                        # among the labels that lead
+    scores = {f"R@{k}": recall[k] for k in ks}
+    scores["mAP@R"] = float(precision.mean()) if len(precision) else 0.0
+    scores |= _cluster_scores(labels, None if assignments[0] is None else
+                              vote_clusters(torch.stack(assignments), clusters))
+    return scores | {"tie_share": float(tie.double().mean()),
+                     "R@1_ties_lost": float((right & ~tie).double().mean()),
+                     "R@1_ties_won": float(right.double().mean()),
+                     "cluster_vote": None if assignments[0] is None else
+                     cluster_vote_rule(len(labels), clusters)}
+
+
+class Attack:
+    """What an evaluation attacks with, checked and resolved: the numbers of a `robust` entry.
+
+    protocol "clustering": every image is attacked, and compared with attacked images (EAT).
+    "template": queries are attacked, the gallery is clean (Panum et al., Algorithm 1).
+    objective "shift": 1 - cos to the own clean embedding. "neighbour": distance to the clean
+    nearest neighbour; then only queries whose nearest neighbour is right are attacked.
+    eps None: 8/255, or 0.01 for template. step_size None: 2/255 and 2 * eps / steps there, but
+    eps / 4 with an eps of one's own. fgsm: one step of size eps.
+    """
+
+    def __init__(self, protocol="clustering", attack="pgd", objective=None, eps=None,
+                 step_size=None, steps=None, restarts=1, random_start=True, seed=0):
+        template = protocol == "template"
+        if protocol not in PROTOCOLS:
+            raise UserError(f"unknown protocol {protocol!r}: choose one of {', '.join(PROTOCOLS)}")
+        if attack not in ("pgd", "fgsm"):
+            raise UserError(f"unknown attack {attack!r}: choose pgd or fgsm")
+        objective = objective or ("neighbour" if template else "shift")
+        if objective not in ("shift", "neighbour"):
+            raise UserError(f"unknown objective {objective!r}: choose shift or neighbour")
+        if objective == "neighbour" and not template:
+            raise UserError("the neighbour objective belongs to --protocol template: a clean image "
+                            "of the gallery is its target")
+        eps = (0.01 if template else 8 / 255) if eps is None else eps
+        steps = (5 if template else 10) if steps is None else steps
+        if step_size is None:
+            step_size = 2 * eps / max(steps, 1) if template else eps / 4
+        if attack == "fgsm":
+            steps, step_size = 1, eps
+        if attack == "fgsm" and objective == "neighbour":
+            random_start = False                     # it has a gradient at the clean image
+        if objective == "shift" and not random_start:
+            raise UserError("the shift objective has no gradient at the clean image: it needs its "
+                            "random start")
+        if not 0 <= eps <= 1 or not step_size >= 0 or steps < 0 or restarts < 1:
+            raise UserError(f"an attack needs 0 <= eps <= 1, step size >= 0, steps >= 0 and "
+                            f"restarts >= 1: found {eps}, {step_size}, {steps}, {restarts}")
+        self.protocol, self.attack, self.objective = protocol, attack, objective
+        self.eps, self.step_size, self.steps = eps, step_size, steps
+        self.restarts, self.random_start, self.seed = restarts, random_start, seed
+
+    def entry(self):
+        """The attack as it stands in results.json."""
+        return {"protocol": self.protocol, "attack": self.attack, "objective": self.objective,
+                "norm": "linf", "eps": self.eps, "eps_255": self.eps * 255,
+                "step": self.step_size, "step_255": self.step_size * 255, "steps": self.steps,
+                "restarts": self.restarts, "random_start": self.random_start, "seed": self.seed}
+
+    def __str__(self):
+        name = "FGSM" if self.attack == "fgsm" else f"PGD-{self.steps}"
+        return f"{self.protocol}: {self.objective} {name}, eps {self.eps * 255:.3g}/255"
+
+
+def evaluate(models, batches, labels, attacks, *, ks=(1, 2, 4, 8), seed=0, gallery_batches=None,
+             gallery_labels=None, limited=False) -> tuple[dict, list[dict], list[str]]:
+    """Clean and attacked scores of one model or an ensemble: (clean, robust, warnings).
+
+    models: list; all of them share every perturbation. batches: a function that returns a fresh
+    iterator of (images, labels, rows) in order; labels (n,) of all of them. attacks: [Attack].
+    gallery_batches, gallery_labels: the set in which queries are looked up, when it is another.
+    limited: note in the entries that this is a subset. seed: of k-means.
+    """
+    clusters = len(labels.unique())
+    rule = "vote" if len(models) > 1 else "member_1"                      # the headline
+    clean = embed(models, batches())
+    gallery = None if gallery_batches is None else embed(models, gallery_batches())
+    scores = metrics_by_rule(clean, labels, ks=ks, clusters=clusters, seed=seed, gallery=gallery,
+                             gallery_labels=gallery_labels)
+    alerts = []
+    for i, own in enumerate(clean):
+        cosine = mean_cosine(own)
+        if not cosine <= 0.95:                                           # NaN included
+            alerts.append(f"member_{i + 1} has collapsed: mean cosine of its test embeddings "
+                          f"{cosine:.3f}")
+    robust = []
+    for attack in attacks:
+        started = time.perf_counter()
+        settings = dict(eps=attack.eps, step_size=attack.step_size, steps=attack.steps,
+                        restarts=attack.restarts, random_start=attack.random_start,
+                        seed=attack.seed)
+        if attack.objective == "neighbour":
+            make_objective, attacked = _neighbour_objectives(models, clean, labels, gallery,
+                                                             gallery_labels)
+        else:
+            make_objective, attacked = _shift_objectives(models, clean), None
+        adversarial = attack_embeddings(models, batches(), make_objective, attacked=attacked,
+                                        **settings)
+        template = attack.protocol == "template"
+        looked_up = gallery
+        if template and gallery is None:
+            looked_up = clean                                            # row i is not a candidate
+        elif gallery is not None and not template:
+            looked_up = attack_embeddings(models, gallery_batches(),
+                                          _shift_objectives(models, gallery), **settings)
+        by_rule = metrics_by_rule(adversarial, labels, ks=ks, clusters=clusters, seed=seed,
+                                  gallery=looked_up, gallery_labels=gallery_labels,
+                                  clustering=not template)
+        seconds = round(time.perf_counter() - started, 3)
+        amp = any(getattr(model, "amp", False) for model in models)
+        robust += [{"rule": name, **attack.entry(), "amp": amp, "limited": limited,
+                    "seconds": seconds, **score}
+                   for name, score in by_rule.items()]
+    return {"rule": rule, **scores[rule], "by_rule": scores}, robust, alerts
+
+
+def _shift_objectives(models, clean):
+    return lambda rows: shift_objective(models, [own[rows] for own in clean])
+
+
+def _neighbour_objectives(models, clean, labels, gallery, gallery_labels):
+    """Algorithm 1 of Panum et al.: move a query away from its clean nearest neighbour.
+
+    Only queries whose neighbour has their label are attacked; in an ensemble, every member whose
+    neighbour is right contributes its distance. -> (make_objective, attacked (n,) bool).
+    """
+    names = labels if gallery_labels is None else gallery_labels
+    targets, right = [], []
+    for i, own in enumerate(clean):
+        other = own if gallery is None else gallery[i]
+        nearest = torch.cat([_nearest(similarity, relevant, 1)[:, 0] for _, similarity, relevant in
+                             _similarities(own, labels, other, gallery_labels)])
+        targets.append(other[nearest])
+        right.append(names[nearest] == labels)
+
+    def make_objective(rows):
+        return lambda images: sum(hit[rows] * _distance(model(images), target[rows])
+                                  for model, target, hit in zip(models, targets, right))
+
+    return make_objective, torch.stack(right).any(0)
+
+
+def mean_cosine(embeddings: Tensor) -> float:
+    """Mean cosine of two different rows of unit embeddings (n, D): 1 when they have collapsed."""
+    total = embeddings.double().sum(0).square().sum() - embeddings.double().square().sum()
+    return float(total / max(len(embeddings) * (len(embeddings) - 1), 1))
+
+
+def evaluate_set(models, test: ImageSet, attacks, *, batch_size, workers=0, device="cpu",
+                 ks=(1, 2, 4, 8), seed=0, limited=False):
+    """`evaluate` on an ImageSet (and its gallery)."""
+    def batches_of(dataset):
+        order = torch.arange(len(dataset)).split(batch_size)
+        return lambda: progress(load_batches(dataset, order, augment=False, workers=workers,
+                                             device=device), "evaluating", len(order))
+
+    gallery = test.gallery
+    return evaluate(models, batches_of(test), test.labels.to(device), attacks, ks=ks, seed=seed,
+                    limited=limited,
+                    gallery_batches=None if gallery is None else batches_of(gallery),
+                    gallery_labels=None if gallery is None else gallery.labels.to(device))
+
+
+# ---- runs: command line ----------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line on stderr, exit code 2, and that guesses no prefixes."""
+
+    def __init__(self, description=None):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=HelpFormatter)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The script's docstring as it stands, and every default."""
+
+
+def fraction(text: str) -> float:
+    """An l_inf radius in pixel values of [0, 1]: "8/255" or "0.01"."""
+    try:
+        numerator, _, denominator = text.partition("/")
+        value = float(numerator) / float(denominator or 1)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction such as 8/255 or 0.03") from None
+    if not value >= 0 or math.isinf(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1, as pixel values are")
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is above 1, and pixels are in [0, 1]: "
+                                         f"did you mean {text.partition('/')[0]}/255?")
+    return value
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or float in [low, high]."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or math.isinf(value):
+            limit = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} "
+                                             f"number {limit}")
+        return value
+    return parse
+
+
+def base_parser(description=None) -> Parser:
+    """The flags every training script shares. A script sets its method's defaults with
+    `parser.set_defaults` and adds its own flags in a group of their own."""
+    switch = argparse.BooleanOptionalAction
+    parser = Parser(description)
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", choices=DATASETS, default="glyphs", help="glyphs is generated")
+    data.add_argument("--data-root", default=os.environ.get("DATA_ROOT", "data"),
+                      help="folder of the data set; the variable DATA_ROOT changes the default")
+    data.add_argument("--inshop-protocol", choices=("query", "gallery"), default="query",
+                      help="look In-Shop queries up among themselves (EAT) or in the gallery")
+    data.add_argument("--image-size", type=number(int, 16, 4096), default=224,
+                      help="side S of the network's input; test images: Resize(256 S / 224), crop")
+    data.add_argument("--cache-gb", type=number(float, 0), default=4.0,
+                      help="decode images once when they fit in this memory; 0: read them each time")
+    data.add_argument("--workers", type=number(int, 0, 256), default=2,
+                      help="threads that prepare batches; never changes a result")
+    data.add_argument("--val-classes", type=number(int, 0), default=0, metavar="N",
+                      help="report on the last N training classes, held out, instead of the test "
+                           "classes: for tuning")
+    data.add_argument("--limit-queries", type=number(int, 0), default=0, metavar="N",
+                      help="evaluate on a fixed class-balanced subset of N test images (0: all)")
+    model = parser.add_argument_group("model")
+    model.add_argument("--arch", choices=ARCHS, default="mobilenetv2")
+    model.add_argument("--weights", default=None, metavar="{imagenet,none,FILE}",
+                       help="start of the backbone (default: imagenet; none for convnet)")
+    model.add_argument("--pool", choices=("avg", "avgmax"), default=None,
+                       help="pooling (default: avg; avgmax for bninception)")
+    model.add_argument("--embedding-dim", type=number(int, 1), default=128)
+    model.add_argument("--freeze-bn", action=switch, default=None,
+                       help="keep BatchNorm statistics (default: with pretrained weights)")
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=number(int, 0), default=200,
+                          help="passes over the training set")
+    training.add_argument("--warmup-epochs", type=number(int, 0), default=1,
+                          help="the first epochs train head and proxies alone (0 without weights)")
+    training.add_argument("--batch-size", type=number(int, 1), default=120,
+                          help="images that one model sees per step")
+    training.add_argument("--images-per-class", type=number(int, 0), default=0, metavar="K",
+                          help="class-balanced batches with K images of each class (0: plain "
+                               "shuffle); elsewhere called samples per class, m, IPC or SPC")
+    training.add_argument("--lr", type=number(float, 0), default=1e-4, help="learning rate")
+    training.add_argument("--weight-decay", type=number(float, 0), default=1e-4)
+    attack = parser.add_argument_group("attack (l_inf, pixel values in [0, 1])")
+    attack.add_argument("--eps", type=fraction, default=16 / 255, metavar="16/255",
+                        help="training: radius of the ball")
+    attack.add_argument("--step-size", type=fraction, default=4 / 255, metavar="4/255",
+                        help="training: size of a step")
+    attack.add_argument("--attack-steps", type=number(int, 0), default=10,
+                        help="training: steps of the inner maximisation")
+    attack.add_argument("--eval-eps", type=fraction, default=8 / 255, metavar="8/255",
+                        help="closing evaluation: radius of the ball")
+    attack.add_argument("--eval-step-size", type=fraction, default=2 / 255, metavar="2/255",
+                        help="closing evaluation: size of a step")
+    attack.add_argument("--eval-steps", type=number(int, 0), default=10,
+                        help="closing evaluation: steps")
+    run = parser.add_argument_group("run")
+    run.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
+    run.add_argument("--amp", action=switch, default=False,
+                     help="bfloat16 for the backbone in training; evaluation stays in float32")
+    run.add_argument("--compile", action=switch, default=False, help="torch.compile the networks")
+    run.add_argument("--deterministic", action=switch, default=False,
+                     help="deterministic kernels on a GPU too (slower)")
+    run.add_argument("--out", default=None, metavar="DIR",
+                     help="the run's folder (default: runs/METHOD-DATASET-ARCH-sSEED)")
+    run.add_argument("--resume", action="store_true",
+                     help="continue the run in --out; every flag comes from there")
+    run.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    run.add_argument("--eval-every", type=number(int, 0), default=0, metavar="E",
+                     help="clean and attacked Recall@1 and mAP@R into log.jsonl every E epochs")
+    run.add_argument("--tensorboard", action="store_true", help="write scalars for TensorBoard too")
+    run.add_argument("--dry-run", action="store_true",
+                     help="one batch through training and evaluation; writes nothing")
+    return parser
+
+
+# Flags of one call, not of the run: not taken from a checkpoint.
+CALL_FLAGS = ("resume", "overwrite", "dry_run")
+MOVABLE_FLAGS = ("device", "workers", "out")
+
+
+def parse_run(parser: Parser, argv, method, small: dict) -> argparse.Namespace:
+    """Parse a training script's flags into the complete flags of a run.
+
+    method(args) -> the run's name for its method and variant ("eat", "eat-nosplit"). small: the
+    method's defaults on generated data, in place of the paper's. With --resume every flag comes
+    from the run's folder; a flag given with another value is an error that names both.
+    """
+    unset = object()
+    given = vars(parser.parse_args(argv, argparse.Namespace(
+        **{action.dest: unset for action in parser._actions})))
+    given = {name: value for name, value in given.items() if value is not unset}
+    given.pop("help", None)
+    args = _complete(parser, given, small)
+    args.out = args.out or f"runs/{method(args)}-{args.dataset}-{args.arch}-s{args.seed}"
+    if args.resume and args.overwrite:
+        parser.error("--resume continues a run and --overwrite replaces it: give one of them")
+    if not args.resume:
+        return args
+    stored = stored_flags(Path(args.out))
+    for name, value in given.items():
+        if stored and name not in CALL_FLAGS + MOVABLE_FLAGS and stored.get(name) != value:
+            parser.error(f"--{name.replace('_', '-')} is {value} here but {stored.get(name)} in "
+                         f"{args.out}: --resume keeps a run's flags; drop it, or start another run "
+                         f"with another --out")
+    for name, value in (stored or {}).items():
+        if hasattr(args, name) and name not in CALL_FLAGS + ("out",) and \
+                not (name in MOVABLE_FLAGS and name in given):
+            setattr(args, name, value)
+    return args
+
+
+def _complete(parser, given, small):
+    """Flags that were not given: the method's defaults, its small ones on generated data."""
+    defaults = {action.dest: action.default for action in parser._actions if action.dest != "help"}
+    args = argparse.Namespace(**defaults | given)
+    if args.dataset in GENERATED:
+        args = argparse.Namespace(**defaults | small | given)
+    if args.weights is None:
+        args.weights = "none" if args.arch == "convnet" else "imagenet"
+    if args.pool is None:
+        args.pool = "avgmax" if args.arch == "bninception" else "avg"
+    if args.freeze_bn is None:
+        args.freeze_bn = args.weights != "none"
+    if args.weights == "none" and "warmup_epochs" not in given:
+        args.warmup_epochs = 0
+    return args
+
+
+def run_script(parse_args, main) -> None:
+    """Parse, run, and turn every expected failure into one line and an exit code.
+
+    0 done, 1 the run failed, 2 user error, 130 interrupted.
+    """
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    try:
+        main(parse_args())
+    except (UserError, RunFailed) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def progress(iterable, label, total):
+    """The iterable, with a bar when tqdm is installed and somebody is watching."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return iterable
+    return tqdm(iterable, desc=label, total=total, leave=False, disable=None)
+
+
+# ---- runs: folder, checkpoint, log -----------------------------------------------------------
+
+SCHEMA = 1                                     # of results.json
+FORMAT = 1                                     # of last.pt
+
+
+def pick_device(name: str, deterministic: bool = False) -> torch.device:
+    """The torch device of --device; "auto" is cuda, then mps, then cpu."""
+    if deterministic:                          # cuBLAS reads the variable when CUDA starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    if name == "auto":
+        name = ("cuda" if torch.cuda.is_available()
+                else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0][:100]
+        raise UserError(f"--device {name} cannot be used ({reason}): this machine has "
+                        f"{torch.cuda.device_count()} CUDA devices; try --device cpu") from error
+    return device
+
+
+def load_run_data(args) -> tuple[ImageSet, ImageSet]:
+    """(train, the set reported on) as a run's flags say; nothing is decoded yet."""
+    train, test = load_dataset(args.dataset, args.data_root, image_size=args.image_size,
+                               seed=args.seed, inshop_protocol=args.inshop_protocol)
+    if args.val_classes:
+        train, test = split_validation(train, args.val_classes)
+    if args.limit_queries and args.limit_queries < len(test):
+        test = balanced_subset(test, args.limit_queries)
+    if args.batch_size > len(train):
+        raise UserError(f"--batch-size {args.batch_size} is larger than the training set, "
+                        f"{len(train)} images: lower it")
+    return train, test
+
+
+def cache_images(train: ImageSet, test: ImageSet, limit_gb: float, workers: int) -> None:
+    """Decode what fits: the training set first, then the test set, then its gallery."""
+    for dataset in filter(None, (train, test, test.gallery)):
+        if dataset.cache(limit_gb, max(workers, 1)) and not dataset.generated:
+            limit_gb -= dataset.stored_gb()
+
+
+def claim_folder(args) -> dict | None:
+    """The checkpoint to continue from, or None for a new run.
+
+    A folder with args.json or last.pt holds a run: refused without --resume or --overwrite.
+    """
+    out = Path(args.out)
+    parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"--out {out} cannot be written: {parent} is "
+                        f"{'read-only' if parent.is_dir() else 'a file'}; give another --out")
+    if args.resume:
+        return resumable(out)
+    if not args.overwrite and not args.dry_run and \
+            ((out / "args.json").exists() or (out / "last.pt").exists()):
+        raise UserError(f"{out} already holds a run: continue it with --resume, replace it with "
+                        f"--overwrite, or give another --out")
+    return None
+
+
+def resumable(out: Path) -> dict | None:
+    """The run's checkpoint; None before the first one, or if it is that of a run which the present
+    one (args.json) has replaced."""
+    if not (out / "last.pt").exists():
+        return None
+    checkpoint = load_checkpoint(out)
+    ignored = MOVABLE_FLAGS + CALL_FLAGS
+    flags = {name: value for name, value in checkpoint["args"].items() if name not in ignored}
+    recorded = read_json(out / "args.json") if (out / "args.json").exists() else flags
+    return checkpoint if all(recorded.get(name) == flags[name] for name in flags) else None
+
+
+def stored_flags(out: Path) -> dict | None:
+    """The flags of the run in a folder, None if there is none yet."""
+    checkpoint = resumable(out)
+    if checkpoint is not None:
+        return checkpoint["args"]
+    return read_json(out / "args.json") if (out / "args.json").exists() else None
+
+
+def begin_run(args, device, checkpoint) -> None:
+    """Create the folder, write args.json, and drop log lines and results of a replaced run or of
+    epochs after the checkpoint. An old last.pt stays until the first new one is complete."""
+    out, epoch = Path(args.out), checkpoint["epoch"] if checkpoint else 0
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create --out {out} ({error.strerror}): give another") from error
+    if args.overwrite:
+        (out / "results.json").unlink(missing_ok=True)
+    if checkpoint is None:
+        record = {**vars(args), "device": str(device), **provenance(device)}
+        write_atomic(out / "args.json", json.dumps(record, indent=1).encode())
+    kept = [line for line in read_log(out) if line["epoch"] <= epoch]
+    write_atomic(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+def provenance(device) -> dict:
+    """Versions, commit and machine of this process."""
+    def git(*command):
+        try:
+            done = subprocess.run(["git", *command], cwd=Path(__file__).parent, text=True,
+                                  capture_output=True, timeout=10)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    name = (torch.cuda.get_device_name(device) if device.type == "cuda"
+            else platform.processor() or platform.machine())
+    return {"versions": versions(), "commit": git("rev-parse", "HEAD"),
+            "dirty": None if changes is None else bool(changes),
+            "device_name": name, "threads": torch.get_num_threads()}
+
+
+def versions() -> dict:
+    return {"python": platform.python_version(), "torch": str(torch.__version__),
+            "torchvision": str(torchvision.__version__), "numpy": np.__version__}
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write under a temporary name, then rename: readers see the old file or the new one whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    last = path.with_name("last.pt")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunFailed(f"cannot write {path} ({error.strerror}): the last good checkpoint is "
+                        f"{last if last.exists() else 'none'}") from error
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}): remove it or restore it") from error
+
+
+def save_checkpoint(args, *, method, epoch, members, proxies, optimizers, schedulers, classes,
+                    state=None) -> None:
+    """Write last.pt: tensors and plain types only, complete or not at all.
+
+    members, optimizers, schedulers: lists of objects with a state_dict. proxies: list of tensors.
+    epoch: how many are done. state: whatever else the method needs to go on exactly.
+    """
+    content = {
+        "format": FORMAT, "method": method, "args": dict(vars(args)), "epoch": epoch,
+        "members": [member.state_dict() for member in members],
+        "proxies": [proxy.detach() for proxy in proxies],
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "schedulers": [scheduler.state_dict() for scheduler in schedulers],
+        "state": state or {}, "classes": list(classes), "versions": versions(),
+    }
+    buffer = io.BytesIO()                      # a full disk is then an OSError of one plain write
+    torch.save(content, buffer)
+    write_atomic(Path(args.out) / "last.pt", buffer.getvalue())
+
+
+def load_checkpoint(path) -> dict:
+    """The content of a run's last.pt, given the file or its folder."""
+    path = Path(path)
+    path = path / "last.pt" if path.is_dir() else path
+    checkpoint = _torch_load(path, "a checkpoint")
+    if checkpoint.get("format") != FORMAT or "members" not in checkpoint:
+        raise UserError(f"{path} is not a checkpoint of these scripts (format "
+                        f"{checkpoint.get('format')}, expected {FORMAT}): give the last.pt of a run")
+    return checkpoint
+
+
+def _torch_load(path, what):
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64).lstrip()
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): give {what} that exists") from error
+    if head.startswith(b"<"):
+        raise UserError(f"{path} is not {what}: it starts with '<', a web page was saved in its "
+                        f"place; download it again")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                 # a damaged file raises nearly anything
+        raise UserError(f"{path} is not {what} that can be read ({type(error).__name__}): the file "
+                        f"is damaged, cut off or of another kind; restore it") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not {what}: it holds a {type(content).__name__}, not a dict")
+    return content
+
+
+def read_log(out) -> list[dict]:
+    """The epochs in log.jsonl; a line that a killed process left incomplete is dropped."""
+    lines = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in (Path(out) / "log.jsonl").read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+    return lines
+
+
+def log_epoch(args, record: dict) -> None:
+    """Append an epoch to log.jsonl and print it as one line."""
+    try:
+        with open(Path(args.out) / "log.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise RunFailed(f"cannot write {args.out}/log.jsonl ({error.strerror}): the last good "
+                        f"checkpoint is that of epoch {record['epoch'] - 1}") from error
+    shown = [f"{name} {value:.4g}" for name, value in record.items() if name != "epoch"]
+    print(f"epoch {record['epoch']}/{args.epochs}  " + "  ".join(shown), flush=True)
+    if args.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("--tensorboard needs tensorboard: pip install tensorboard") from None
+        with SummaryWriter(args.out) as writer:
+            for name, value in record.items():
+                writer.add_scalar(name, value, record["epoch"])
+
+
+def check_finite(loss: float, epoch: int, out) -> None:
+    """Stop a run whose loss is not finite, naming the checkpoint that is still good."""
+    if not math.isfinite(loss):
+        last = Path(out) / "last.pt"
+        raise RunFailed(f"the loss of epoch {epoch} is {loss}: lower --lr or --eps; the last good "
+                        f"checkpoint is {last if last.exists() else 'none'}")
+
+
+def peak_gb(device) -> float | None:
+    """Peak memory so far in GB: of the GPU, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:                        # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def describe(test: ImageSet, args) -> str:
+    """The images that a table speaks of, in words."""
+    what = "validation classes of the training split" if args.val_classes else "unseen classes"
+    limited = ", a fixed subset" if args.limit_queries else ""
+    return f"{args.dataset}: {len(test)} images of {len(test.classes)} {what}{limited}"
+
+
+def results_table(results: dict, robust=None, label=None) -> list[dict]:
+    """Rows {name, clean, attacked} for format_table: a run's rules under one attack.
+
+    robust: the entries of that attack (default: all of the run).
+    """
+    attacked = {entry["rule"]: entry for entry in (results["robust"] if robust is None else robust)}
+    label = label or results["method"] + (f"-{results['variant']}" if results["variant"] else "")
+    return [{"name": f"{label} {rule}" if len(results["clean"]["by_rule"]) > 1 else label,
+             "clean": clean, "attacked": attacked.get(rule, {})}
+            for rule, clean in results["clean"]["by_rule"].items()]
+
+
+def format_table(rows: list[dict]) -> str:
+    """An aligned table in percent: every row's clean and attacked scores side by side."""
+    columns = [(side, name) for side in ("clean", "attacked")
+               for name in dict.fromkeys(
+                   name for row in rows for name, value in row[side].items()
+                   if value is not None and (name in ("mAP@R", "NMI", "AMI", "F1")
+                                             or name[:2] == "R@" and name[2:].isdigit()))]
+    width = max(len(row["name"]) for row in rows)
+    lines = ["".ljust(width), "".ljust(width)]
+    for position, (side, name) in enumerate(columns):
+        first = position == 0 or columns[position - 1][0] != side
+        lines[0] += ("  | " if first else " ") + (side if first else "").ljust(5)
+        lines[1] += ("  | " if first else " ") + name.rjust(5)
+    for row in rows:
+        line = row["name"].ljust(width)
+        for position, (side, name) in enumerate(columns):
+            first = position == 0 or columns[position - 1][0] != side
+            value = row[side].get(name)
+            line += ("  | " if first else " ") + ("-" if value is None else f"{100 * value:.1f}").rjust(5)
+        lines.append(line)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def run_results(args, method, variant, epoch, clean, robust, alerts, seconds, device) -> dict:
+    """The content of results.json (README, "A run's folder")."""
+    return {"schema": SCHEMA, "method": method, "variant": variant, "dataset": args.dataset,
+            "arch": args.arch, "embedding_dim": args.embedding_dim, "image_size": args.image_size,
+            "amp": args.amp, "seed": args.seed, "epoch": epoch, "clean": clean, "robust": robust,
+            "warnings": alerts, "seconds": round(seconds, 1), "peak_gb": peak_gb(device),
+            "env": {"device": str(device), **provenance(device)}}
+
+
+def quick_scores(evaluation) -> dict:
+    """Clean and attacked Recall@1 and mAP@R of the headline rule, for log.jsonl."""
+    clean, robust, _ = evaluation
+    attacked = next(entry for entry in robust if entry["rule"] == clean["rule"])
+    return {f"{side}_{name}": scores[name] for side, scores in (("clean", clean), ("robust", attacked))
+            for name in ("R@1", "mAP@R")}

@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: MIT
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "numpy>=1.26"]
+# ///
+"""EAT: ensemble adversarial training for deep metric learning (Ke, arXiv 2501.01025).
+
+    python eat.py                                     # the built-in glyphs, 2 CPU cores: 2 minutes
+    python eat.py --dataset cub --arch mobilenetv2    # the paper's setting
+
+N models see different images, defend against one attack on all of them, and vote. (Tramer et al.,
+ICLR 2018, use the same name for training on examples of other, static networks.)
+
+Algorithm 1, line by line, for one mini-batch (the paper's "ep"):
+
+    l. 2     D split at random into D^1 ... D^N; member i never     split_by_image
+             trains on D^i                                          (--no-split: all train on D)
+    l. 4     member i draws a mini-batch from D \\ D^i              shuffled_batches, `sees`
+    l. 5-7   x_adv: T steps from x, against all members as they     attack, pgd: once per image,
+             were after the previous step, Eq. (10)                 whoever trains on it
+    l. 6, 8  beta L(F_i(x), y) + (1 - beta) L(F_i(x_adv), y)        member_loss
+    l. 9     a step of member i's own optimiser                     the last lines of the loop
+    output   the label that most members' neighbours carry          common.vote_labels
+
+Symbols: N --members, beta --beta, epsilon --eps, T --attack-steps, alpha --step-size; L is Proxy
+Anchor with proxies of each member's own. Departures from the paper: README, "Fidelity".
+Logged: clean and adversarial, the two Proxy Anchor terms, mean over members; lr; seconds; images
+per second; collapse, the mean cosine of different images of the last batch (1: collapsed).
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import common
+from common import UserError, frozen, load_batches, pgd, proxy_anchor_loss, seed_torch
+
+
+# ---- method
+
+def split_by_image(labels, parts, seed):
+    """Part 0..N-1 of every image (n,): random, class by class, equal within one image (l. 2).
+
+    Each class is shuffled and dealt out in turn, going on where the previous class stopped.
+    """
+    stream = common.random_stream(seed, 0, common.SPLIT)
+    order = torch.cat([rows[torch.from_numpy(stream.permutation(len(rows)))]
+                       for rows in ((labels == label).nonzero()[:, 0] for label in labels.unique())])
+    part = torch.empty(len(labels), dtype=torch.int64)
+    part[order] = torch.arange(len(labels)) % parts
+    return part
+
+
+def attack(members, proxies, images, labels, loss, eps, step_size, steps):
+    """x_adv (B, 3, S, S): what hurts the members together most, Eq. (10); uniform start.
+
+    loss, the reading of L(F(x_adv), F(x)): "shift" is the distance of the embeddings. The others
+    are Proxy Anchor: "pal-label" with the true label, "pal-pseudo" with the proxy nearest to F(x)
+    as label, "pal-batch" with the batch's F(x) as proxies, each image the positive of its own.
+    """
+    with frozen(*members):
+        if loss == "pal-label":
+            targets = [(labels, own) for own in proxies]
+        else:
+            with torch.no_grad():
+                clean = [member(images) for member in members]
+        if loss == "shift":
+            objective = common.shift_objective(members, clean)
+        else:
+            if loss == "pal-pseudo":
+                targets = [((own @ nn.functional.normalize(anchors, dim=1).T).argmax(1), anchors)
+                           for own, anchors in zip(clean, proxies)]
+            elif loss == "pal-batch":
+                targets = [(torch.arange(len(own), device=own.device), own) for own in clean]
+
+            def objective(x):          # one value for the batch: Proxy Anchor couples its images
+                return sum(proxy_anchor_loss(member(x), target, anchors.detach())
+                           for member, (target, anchors) in zip(members, targets)).view(1)
+        return pgd(objective, images, eps, step_size, steps)
+
+
+def member_loss(member, proxies, images, adversarial, labels, beta):
+    """beta L(F(x), y) + (1 - beta) L(F(x_adv), y), l. 6 and 8 -> (loss, clean term, adversarial).
+
+    Two forward passes: BatchNorm, where it is live, sees clean and adversarial images apart.
+    """
+    clean = proxy_anchor_loss(member(images), labels, proxies)
+    robust = proxy_anchor_loss(member(adversarial), labels, proxies)
+    return beta * clean + (1 - beta) * robust, clean.detach(), robust.detach()
+
+
+# ---- command line
+
+# For generated data, on a CPU.
+SMALL = dict(arch="convnet", pool="avgmax", image_size=32, embedding_dim=64, epochs=12, batch_size=30, lr=2e-3,
+             eps=8 / 255, step_size=2 / 255, attack_steps=5, eps_ramp_epochs=4,
+             plain_epochs=12)
+
+
+def parse_args(argv=None):
+    parser = common.base_parser(__doc__)
+    method = parser.add_argument_group("method")
+    method.add_argument("--members", type=common.number(int, 1), default=3, help="N, networks")
+    method.add_argument("--split", action=argparse.BooleanOptionalAction, default=True,
+                        help="member i never trains on part i of the images")
+    method.add_argument("--beta", type=common.number(float, 0, 1), default=0.5,
+                        help="weight of the clean term; the adversarial one has 1 - beta")
+    method.add_argument("--attack-loss", choices=("shift", "pal-pseudo", "pal-label", "pal-batch"),
+                        default="shift", help="what the inner maximisation maximises")
+    method.add_argument("--eps-ramp-epochs", type=common.number(int, 0), default=0,
+                        help="let --eps and --step-size grow from 0 over the first epochs (not in "
+                             "the paper; short runs and small networks need it)")
+    method.add_argument("--own-batches", action="store_true",
+                        help="Algorithm 1 to the letter: every member draws and attacks a batch of "
+                             "its own (N times the attacks)")
+    method.add_argument("--plain-epochs", type=common.number(int, 0), default=0,
+                        help="closing table: train an undefended member for so long (0: show the "
+                             "starting weights)")
+    args = common.parse_run(parser, argv, run_name, SMALL)
+    if args.split and args.members == 1:
+        parser.error("--members 1 has nothing to split: add --no-split")
+    return args
+
+
+def run_name(args):
+    return "eat" if args.split else "eat-nosplit"
+
+
+# ---- training
+
+def main(args):
+    train, test = common.load_run_data(args)
+    if args.split and args.members > len(train):
+        raise UserError(f"--members {args.members} is more than the {len(train)} training images: "
+                        f"lower it")
+    checkpoint = common.claim_folder(args)
+    out = Path(args.out)
+    if checkpoint and checkpoint["epoch"] == args.epochs and (out / "results.json").exists():
+        print(f"{out} is complete:")
+        return report(common.read_json(out / "results.json"), test, args)
+    device = common.pick_device(args.device, args.deterministic)
+    count = args.members
+    members = [build(args, device, i, "none" if checkpoint else args.weights) for i in range(count)]
+    proxies = [new_proxies(args, len(train.classes), device, i) for i in range(count)]
+    optimizers = [new_optimizer(args, *pair) for pair in zip(members, proxies)]
+    schedulers = [new_scheduler(args, optimizer) for optimizer in optimizers]
+    started, epoch = time.perf_counter(), 0
+    if checkpoint:
+        epoch = checkpoint["epoch"]
+        for i in range(count):
+            members[i].load_state_dict(checkpoint["members"][i])
+            proxies[i].data.copy_(checkpoint["proxies"][i])
+            optimizers[i].load_state_dict(checkpoint["optimizers"][i])
+            schedulers[i].load_state_dict(checkpoint["schedulers"][i])
+    common.cache_images(train, test, args.cache_gb, args.workers)
+    if not args.dry_run:
+        common.begin_run(args, device, checkpoint)
+
+    # One shared batch a step, drawn so large that a member sees batch_size of it; with
+    # --own-batches one batch per member, out of the images it trains on.
+    part = split_by_image(train.labels, count if args.split else 1, args.seed)
+    sees = [(part != i) if args.split else torch.ones(len(train), dtype=torch.bool)
+            for i in range(count)]
+    drawn = args.batch_size
+    if args.split and not args.own_batches:
+        drawn = min(round(args.batch_size * count / (count - 1)), len(train))
+    pools = [rows.nonzero()[:, 0] for rows in sees] if args.own_batches else [torch.arange(len(train))]
+    batches_of(args, train, pools, drawn, 0)                    # an impossible batch fails here
+    if args.compile:
+        for member in members:
+            member.compile()
+    print(f"{args.dataset}: {len(train)} training images of {len(train.classes)} classes, "
+          f"{len(test)} of {len(test.classes)} to report on; {count} x {args.arch} on {device}; "
+          f"weights {args.weights}, BatchNorm statistics "
+          f"{'frozen' if args.freeze_bn else 'live'}, {args.warmup_epochs} warm-up epochs")
+
+    while epoch < args.epochs:
+        seed_torch(args.seed, epoch, common.TRAIN)
+        ramp = min(epoch / args.eps_ramp_epochs, 1) if args.eps_ramp_epochs else 1
+        epoch_started, seen = time.perf_counter(), 0
+        totals = torch.zeros(2, device=device)
+        for member in members:
+            common.train_mode(member, args.freeze_bn)
+            member.amp = args.amp
+            member.backbone.requires_grad_(epoch >= args.warmup_epochs)
+        epoch_batches = batches_of(args, train, pools, drawn, epoch)
+        if args.dry_run:
+            epoch_batches = [batches[:1] for batches in epoch_batches]
+        steps = min(len(batches) for batches in epoch_batches)
+        streams = [load_batches(train, batches[:steps], args.seed, epoch, workers=args.workers,
+                                device=device) for batches in epoch_batches]
+        for step in common.progress(zip(*streams), f"epoch {epoch + 1}", steps):
+            crafted = [attack(members, proxies, images, labels, args.attack_loss, ramp * args.eps,
+                              ramp * args.step_size, args.attack_steps if ramp else 0)
+                       for images, labels, _ in step]
+            for i in range(count):
+                images, labels, rows = step[i if args.own_batches else 0]
+                adversarial = crafted[i if args.own_batches else 0]
+                kept = sees[i][rows.cpu()].to(device)
+                if not bool(sees[i][rows.cpu()].any()):
+                    continue                                    # a small last batch: nothing to see
+                loss, clean, robust = member_loss(members[i], proxies[i], images[kept],
+                                                  adversarial[kept], labels[kept], args.beta)
+                optimizers[i].zero_grad(set_to_none=True)
+                loss.backward()
+                nn.utils.clip_grad_value_([*members[i].parameters(), proxies[i]], 10)
+                optimizers[i].step()
+                totals += torch.stack([clean, robust])
+            seen += sum(len(images) for images, _, _ in step)
+        for scheduler in schedulers:
+            scheduler.step()
+        epoch += 1
+        clean, robust = (totals / (steps * count)).tolist()
+        common.check_finite(clean + robust, epoch, out)
+        collapse = common.mean_cosine(common.embed(members[:1], [step[0]])[0])
+        seconds = time.perf_counter() - epoch_started
+        record = {"epoch": epoch, "clean": clean, "adversarial": robust,
+                  "lr": optimizers[0].param_groups[0]["lr"], "seconds": round(seconds, 3),
+                  "images_per_second": round(seen / seconds, 1), "collapse": collapse}
+        if args.dry_run:
+            print(f"one batch of {tuple(step[0][0].shape)}: clean {clean:.3f}, adversarial "
+                  f"{robust:.3f}, {seconds:.2f} s, {common.peak_gb(device):.2f} GB")
+            break
+        if args.eval_every and epoch % args.eval_every == 0:
+            record |= common.quick_scores(evaluate(args, members, test, device))
+        common.log_epoch(args, record)
+        common.save_checkpoint(args, method="eat", epoch=epoch, members=members, proxies=proxies,
+                               optimizers=optimizers, schedulers=schedulers, classes=train.classes)
+
+    if args.dry_run:
+        test = common.balanced_subset(test, args.batch_size)
+    plain = build(args, device, 0, args.weights)
+    if not args.dry_run:
+        train_plain(args, plain, train, device)
+    undefended = evaluate(args, [plain], test, device)
+    clean, robust, alerts = evaluate(args, members, test, device)
+    seconds = sum(line["seconds"] for line in common.read_log(out)) + time.perf_counter() - started
+    results = common.run_results(args, "eat", "" if args.split else "nosplit", epoch, clean, robust,
+                                 alerts, seconds, device)
+    results["undefended"] = {"epochs": args.plain_epochs, "clean": undefended[0],
+                             "robust": undefended[1]}
+    if not args.dry_run:
+        common.write_atomic(out / "results.json", json.dumps(results, indent=1).encode())
+    report(results, test, args)
+
+
+def build(args, device, member, weights):
+    """Network `member`; its random parts come from a stream of its own."""
+    seed_torch(args.seed, 0, common.INITIAL + common.MEMBER * member)
+    return common.build_model(args.arch, args.embedding_dim, weights, args.pool).to(device)
+
+
+def new_proxies(args, classes, device, member):
+    seed_torch(args.seed, 0, common.PROXIES + common.MEMBER * member)
+    proxies = torch.empty(classes, args.embedding_dim)
+    return nn.Parameter(nn.init.kaiming_normal_(proxies, mode="fan_out").to(device))
+
+
+def new_optimizer(args, member, proxies):
+    return torch.optim.AdamW([{"params": list(member.parameters())},
+                              {"params": [proxies], "lr": 100 * args.lr}],    # Proxy Anchor, Sec. 4
+                             lr=args.lr, weight_decay=args.weight_decay)
+
+
+def new_scheduler(args, optimizer):
+    """lr x 0.1 at half and at three quarters of the epochs."""
+    drops = [drop for drop in (args.epochs // 2, 3 * args.epochs // 4) if drop > 0]
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda epoch: 0.1 ** sum(epoch >= drop for drop in drops))
+
+
+def batches_of(args, train, pools, drawn, epoch):
+    """The epoch's batches of image numbers, one list per pool."""
+    lists = []
+    for i, pool in enumerate(pools):
+        purpose = common.BATCHES + common.MEMBER * i
+        if args.images_per_class:
+            drawn -= drawn % args.images_per_class
+            lists.append(common.class_balanced_batches(train.labels[pool], drawn, args.images_per_class,
+                                                       args.seed, epoch, purpose))
+        else:
+            lists.append(common.shuffled_batches(len(pool), drawn, args.seed, epoch, purpose))
+        lists[-1] = [pool[batch] for batch in lists[-1]]
+    return lists
+
+
+def train_plain(args, member, train, device):
+    """The closing table's undefended member: Proxy Anchor alone, for --plain-epochs."""
+    proxies = new_proxies(args, len(train.classes), device, 0)
+    optimizer = new_optimizer(args, member, proxies)
+    for epoch in range(args.plain_epochs):
+        common.train_mode(member, args.freeze_bn)
+        batches = common.shuffled_batches(len(train), args.batch_size, args.seed, epoch)
+        for images, labels, _ in load_batches(train, batches, args.seed, epoch,
+                                              workers=args.workers, device=device):
+            loss = proxy_anchor_loss(member(images), labels, proxies)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_value_([*member.parameters(), proxies], 10)
+            optimizer.step()
+
+
+def evaluate(args, members, test, device):
+    """Clean and attacked scores: the clustering protocol, every inference rule, in float32."""
+    for member in members:
+        member.amp = False
+    settings = common.Attack(eps=args.eval_eps, step_size=args.eval_step_size,
+                             steps=args.eval_steps, seed=args.seed)
+    return common.evaluate_set(members, test, [settings], batch_size=args.batch_size,
+                               workers=args.workers, device=device,
+                               ks=common.KS.get(args.dataset, (1, 2, 4, 8)), seed=args.seed,
+                               limited=bool(args.limit_queries))
+
+
+def report(results, test, args):
+    epochs = results["undefended"]["epochs"]
+    label = f"undefended, {epochs} epochs" if epochs else "not trained"
+    rows = common.results_table({**results, **results["undefended"]}, label=label)
+    print(f"\n{common.describe(test, args)}; all attacked together by "
+          f"PGD-{args.eval_steps}, eps {args.eval_eps * 255:.3g}/255; in %, NMI by chance "
+          f"{100 * results['clean']['NMI_chance']:.1f}")
+    print(common.format_table(rows + common.results_table(results)))
+    for alert in results["warnings"]:
+        print(f"warning: {alert}")
+
+
+if __name__ == "__main__":
+    common.run_script(parse_args, main)

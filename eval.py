@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: MIT
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "numpy>=1.26"]
+# ///
+"""How robust is an embedding model? Attacks runs of these scripts, or any model of your own.
+
+    python eval.py runs/eat-cub-mobilenetv2-s0              # all it needs is in the checkpoint
+    python eval.py runs/* --protocol template --eps 0.05    # one table over all runs
+    from eval import evaluate_robustness                    # your own model: README
+
+Protocols: "clustering" attacks every image and compares attacked images (Ke, arXiv 2501.01025);
+"template" attacks queries against a clean gallery (Algorithm 1 of Panum et al., arXiv 2102.07265).
+A run's folder gets its new entries in results.json; one that is there already is read back.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+from common import UserError
+
+
+# ---- any model
+
+def evaluate_robustness(embed, images_or_loader, labels=None, *, protocol="clustering",
+                        attack="pgd", objective="shift", eps=8 / 255, step_size=None, steps=10,
+                        restarts=1, random_start=True, ks=(1, 2, 4, 8), batch_size=128, seed=0,
+                        device=None):
+    """Clean and attacked retrieval of an embedding model: {"clean", "robust", "warnings"}.
+
+    embed: a module or callable from images (B, 3, H, W) in [0, 1] to embeddings (B, D), or a list
+    of them (an ensemble: attacked together, scored by every inference rule). Its own normalisation
+    belongs inside. Rows that are not unit vectors are normalised, with a warning.
+    images_or_loader: (n, 3, H, W) with labels (n,), or a loader of (images, labels) read once.
+    objective "shift" moves an image away from its clean embedding; "neighbour" (template only) a
+    rightly answered query away from its nearest neighbour, Algorithm 1 of Panum et al.; with
+    another objective the template protocol attacks every query. eps, step_size (None: eps / 4) in
+    pixel values. restarts keep the highest objective per image. Scores are in [0, 1].
+    Modes, gradients and the state of the random generators are afterwards as before.
+    Raises ValueError when images are outside [0, 1] or arguments do not fit together.
+    """
+    settings = common.Attack(protocol, attack, objective, eps,
+                             eps / 4 if step_size is None else step_size, steps, restarts,
+                             random_start, seed)
+    models = list(embed) if isinstance(embed, (list, tuple, nn.ModuleList)) else [embed]
+    modules = [model for model in models if isinstance(model, nn.Module)]
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=cuda), common.eval_mode(*modules):
+        images, labels = _images_and_labels(images_or_loader, labels)
+        if device is None:
+            parameters = (parameter for module in modules for parameter in module.parameters())
+            device = next(parameters, images).device
+        alerts, with_unit_rows = [], []
+        for i, model in enumerate(models):
+            with torch.no_grad():
+                norms = _checked(model(images[:2].to(device)), 2).norm(dim=1)
+            if (norms - 1).abs().max() > 1e-3:
+                alerts.append(f"the outputs of model {i + 1} are not unit vectors (first norm "
+                              f"{norms[0]:.3g}): they were normalised")
+            with_unit_rows.append(lambda x, model=model: F.normalize(model(x), dim=1))
+        rows = torch.arange(len(images)).split(batch_size)
+
+        def batches():
+            return ((images[batch].to(device), None, batch.to(device)) for batch in rows)
+
+        clean, robust, more = common.evaluate(with_unit_rows, batches, labels.to(device),
+                                              [settings], ks=ks, seed=seed)
+    return {"clean": clean, "robust": robust, "warnings": alerts + more}
+
+
+def _images_and_labels(images, labels):
+    """One tensor of images in [0, 1] and int64 labels, out of either form; checked."""
+    if not isinstance(images, torch.Tensor):
+        if labels is not None:
+            raise ValueError("labels come with a tensor of images; a loader yields its own")
+        images, labels = zip(*images)
+        images, labels = torch.cat(images), torch.cat([torch.as_tensor(part) for part in labels])
+    if labels is None:
+        raise ValueError("a tensor of images needs labels (n,): only a loader yields its own")
+    labels = torch.as_tensor(labels).to(torch.int64)
+    if images.dim() != 4 or labels.shape != images.shape[:1] or len(labels) < 2:
+        raise ValueError(f"expected images (n, 3, H, W) and labels (n,) with n >= 2, found "
+                         f"{tuple(images.shape)} and {tuple(labels.shape)}")
+    low, high = float(images.min()), float(images.max())
+    if not (low >= -1e-5 and high <= 1 + 1e-5):
+        raise ValueError(f"images must be in [0, 1], found {low:.3g} to {high:.3g}: eps is a number "
+                         f"of pixel values, so normalise inside the model, for example "
+                         f"lambda x: net((x - mean) / std)")
+    return images.float().clamp(0, 1), labels
+
+
+def _checked(embeddings, count):
+    if not isinstance(embeddings, torch.Tensor) or embeddings.dim() != 2 or len(embeddings) != count:
+        found = tuple(getattr(embeddings, "shape", ())) or type(embeddings).__name__
+        raise ValueError(f"embed must return embeddings (B, D): found {found} for B = {count}")
+    return embeddings
+
+
+# ---- command line
+
+def parse_args(argv=None):
+    parser = common.Parser(__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or a checkpoint")
+    attack = parser.add_argument_group("attack")
+    attack.add_argument("--protocol", choices=common.PROTOCOLS, default="clustering")
+    attack.add_argument("--attack", choices=("pgd", "fgsm"), default="pgd")
+    attack.add_argument("--objective", choices=("shift", "neighbour"), default=None,
+                        help="what is maximised (default: shift; neighbour for template)")
+    attack.add_argument("--eps", type=common.fraction, default=None, metavar="8/255",
+                        help="radius, pixel values (default: 8/255; 0.01 for template)")
+    attack.add_argument("--step-size", type=common.fraction, default=None, metavar="2/255",
+                        help="(default: eps / 4; 2 eps / steps for template)")
+    attack.add_argument("--attack-steps", type=common.number(int, 0), default=None, metavar="N",
+                        help="(default: 10; 5 for template)")
+    attack.add_argument("--restarts", type=common.number(int, 1), default=1,
+                        help="keep the best of so many, image by image")
+    attack.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
+                        help="start uniformly in the ball")
+    attack.add_argument("--seed", type=common.number(int, 0, 2**32 - 1), default=None,
+                        help="of the attack and of k-means (default: the run's)")
+    data = parser.add_argument_group("data and machine")
+    data.add_argument("--data-root", default=None, help="(default: the run's)")
+    data.add_argument("--cache-gb", type=common.number(float, 0), default=4.0,
+                      help="decode images once when they fit in this memory")
+    data.add_argument("--limit-queries", type=common.number(int, 0), default=0, metavar="N",
+                      help="a fixed class-balanced subset of N images (0: all), marked as limited")
+    data.add_argument("--batch-size", type=common.number(int, 1), default=128)
+    data.add_argument("--workers", type=common.number(int, 0, 256), default=2)
+    data.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
+    data.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False,
+                      help="bfloat16 backbone; the rows say so")
+    data.add_argument("--deterministic", action=argparse.BooleanOptionalAction, default=False)
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", default=None, metavar="FILE", help="write all of it here too")
+    output.add_argument("--overwrite", action="store_true",
+                        help="attack again where results.json has the entry")
+    output.add_argument("--dry-run", action="store_true", help="one batch; writes nothing")
+    return parser.parse_args(argv)
+
+
+# ---- evaluation
+
+def main(args):
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise UserError(f"--json {args.json}: its folder does not exist; create it")
+    checkpoints = [common.load_checkpoint(run) for run in args.runs]      # all, before any work
+    device = common.pick_device(args.device, args.deterministic)
+    rows, report, attack = [], [], None
+    for run, checkpoint in zip(args.runs, checkpoints):
+        flags = argparse.Namespace(**checkpoint["args"])
+        attack = common.Attack(args.protocol, args.attack, args.objective, args.eps,
+                               args.step_size, args.attack_steps, args.restarts, args.random_start,
+                               flags.seed if args.seed is None else args.seed)
+        results = stored_results(run, checkpoint)
+        entries = known_entries(results, attack, args)
+        if entries and not args.overwrite and not args.dry_run:
+            # a subset's clean scores are not stored: only its attacked ones are shown again
+            clean = empty_clean(results["clean"]) if args.limit_queries else results["clean"]
+            outcome = {"clean": clean, "robust": entries, "warnings": results["warnings"]}
+        else:
+            outcome = evaluate_run(checkpoint, flags, attack, args, device)
+            if results and not args.dry_run:
+                results["robust"] = [entry for entry in results["robust"]
+                                     if entry not in entries] + outcome["robust"]
+                common.write_atomic(Path(run) / "results.json",
+                                    json.dumps(results, indent=1).encode())
+        label = Path(run).stem if Path(run).is_file() else Path(run).resolve().name
+        rows += common.results_table({**outcome, "method": label, "variant": ""})
+        report.append({"run": label, **outcome})
+    limited = f", a fixed subset of {args.limit_queries} images" if args.limit_queries else ""
+    print(f"{attack}{limited}{', bfloat16' if args.amp else ''}; scores in %")
+    print(common.format_table(rows))
+    for outcome in report:
+        for alert in outcome["warnings"]:
+            print(f"warning: {outcome['run']}: {alert}")
+    if args.json and not args.dry_run:
+        common.write_atomic(Path(args.json), json.dumps(report, indent=1).encode())
+
+
+def stored_results(run, checkpoint):
+    """A finished run's results.json; None for a bare checkpoint or an unfinished run."""
+    if not Path(run).is_dir():
+        return None
+    if checkpoint["epoch"] < checkpoint["args"]["epochs"]:
+        print(f"{run}: {checkpoint['epoch']} of {checkpoint['args']['epochs']} epochs are done; "
+              f"nothing is stored")
+        return None
+    path = Path(run) / "results.json"
+    return common.read_json(path) if path.exists() else None
+
+
+def known_entries(results, attack, args):
+    """The entries of results.json with just these parameters, one per inference rule."""
+    wanted = {**attack.entry(), "amp": args.amp, "limited": bool(args.limit_queries)}
+    return [entry for entry in (results or {"robust": []})["robust"]
+            if all(entry[name] == value for name, value in wanted.items())
+            and (not args.limit_queries or entry["n_queries"] == args.limit_queries)]
+
+
+def empty_clean(clean):
+    return {**clean, "by_rule": {rule: {} for rule in clean["by_rule"]}}
+
+
+def evaluate_run(checkpoint, flags, attack, args, device):
+    """{"clean", "robust", "warnings"} of a run's members on the images it reports on."""
+    if args.data_root is not None:
+        flags.data_root = args.data_root
+    flags.limit_queries = args.batch_size if args.dry_run else args.limit_queries
+    train, test = common.load_run_data(flags)
+    common.cache_images(test, test, args.cache_gb, args.workers)
+    members = common.build_members(checkpoint, device)
+    for member in members:
+        member.amp = args.amp
+    passes = len(test) * len(members) * (2 + 2 * attack.steps * attack.restarts)
+    print(f"{flags.dataset}: {len(test)} images, {len(members)} networks, {attack}: "
+          f"{passes:,} passes", flush=True)
+    clean, robust, alerts = common.evaluate_set(
+        members, test, [attack], batch_size=args.batch_size, workers=args.workers, device=device,
+        ks=common.KS.get(flags.dataset, (1, 2, 4, 8)), seed=attack.seed,
+        limited=bool(flags.limit_queries))
+    return {"clean": clean, "robust": robust, "warnings": alerts}
+
+
+if __name__ == "__main__":
+    common.run_script(parse_args, main)
