@@ -38,9 +38,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
 from torch import Tensor, nn
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
 from torchvision.transforms import functional as TF
 
 
@@ -62,9 +61,9 @@ def random_stream(seed: int, epoch: int, purpose: int, index: int = 0) -> np.ran
     return np.random.default_rng(np.random.SeedSequence([seed, epoch, purpose, index]))
 
 
-def seed_torch(seed: int, epoch: int, purpose: int) -> None:
-    """Seed torch's global generators from the stream (seed, epoch, purpose)."""
-    torch.manual_seed(int(random_stream(seed, epoch, purpose).integers(2**62)))
+def seed_torch(seed: int, epoch: int, purpose: int, index: int = 0) -> None:
+    """Seed torch's global generators from the stream (seed, epoch, purpose, index)."""
+    torch.manual_seed(int(random_stream(seed, epoch, purpose, index).integers(2**62)))
 
 
 CHANNELS_LAST = torch.channels_last              # memory layout: convolutions are twice as fast
@@ -158,38 +157,34 @@ class ImageSet:
         """
         if self.store is not None or limit_gb <= 0:
             return self.store is not None
-        size = 0
-        for path in self.paths:
-            with _readable(path) as image:
-                size += 3 * self.resized**2 * max(image.size) / min(image.size)
-            if size > limit_gb * 1e9:
-                return False
-        with ThreadPoolExecutor(max(workers, 1)) as pool:
+        store, size = [], 0
+        pool = ThreadPoolExecutor(max(workers, 1))
+        try:
             decoded = pool.map(lambda index: self._resize(self._decode(index)), range(len(self)))
-            self.store = list(progress(decoded, "decoding", len(self)))
+            for image in progress(decoded, "decoding", len(self)):
+                store.append(image)
+                size += image.numel()
+                expected = size if len(store) < 100 else 0.8 * size / len(store) * len(self)
+                if max(size, expected) > limit_gb * 1e9:
+                    return False
+        finally:
+            pool.shutdown(cancel_futures=True)
+        self.store = store
         return True
 
     def stored_gb(self):
         return 0.0 if self.store is None else sum(image.numel() for image in self.store) / 1e9
 
     def _decode(self, index):
-        with _readable(self.paths[index]) as image:
-            return TF.pil_to_tensor(image.convert("RGB"))
+        """uint8 (3, h, w); whatever is wrong with the file becomes one line that names it."""
+        try:
+            return TF.pil_to_tensor(pil_loader(self.paths[index]))
+        except Exception as error:                   # a damaged file raises nearly anything
+            raise UserError(f"cannot read the image {self.paths[index]} ({error}): replace the "
+                            f"file or remove it from the data set") from error
 
     def _resize(self, image):
         return TF.resize(image, self.resized, antialias=True)
-
-
-@contextlib.contextmanager
-def _readable(path):
-    """Open an image; whatever is wrong with the file becomes one line that names it."""
-    try:
-        with Image.open(path) as image:
-            yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"cannot read the image {path} ({reason}): replace the file or remove it "
-                        f"from the data set") from error
 
 
 def random_crop_box(stream, height, width, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
@@ -308,7 +303,8 @@ def _list_either_cub(name, root):
     other = "cub" if name == "cub2010" else "cub2010"
     found = [(folder, _cub_listing(folder)) for folder in
              dict.fromkeys(_candidates(name, root) + _candidates(other, root))]
-    found = [(folder, listing, _cub_edition(folder, listing)) for folder, listing in found if listing]
+    found = [(folder, listing, _cub_edition(folder, listing))
+             for folder, listing in found if listing]
     for _, listing, edition in found:
         if edition == name:
             return _split_by_class_id(listing, 101)
@@ -398,7 +394,7 @@ def _listed(file):
         with open(file) as opened:
             yield opened.read().splitlines()
     except OSError as error:
-        raise UserError(f"cannot read {file} ({error.strerror}): unpack the archive again") from None
+        raise UserError(f"cannot read {file} ({error.strerror}): unpack it again") from None
     except UserError:
         raise
     except (ValueError, KeyError, IndexError):
@@ -605,7 +601,9 @@ def class_balanced_batches(labels: Tensor, batch_size: int, images_per_class: in
 
 def load_batches(dataset: ImageSet, batches, seed: int = 0, epoch: int = 0, *, augment: bool = True,
                  scale=(0.08, 1.0), workers: int = 0, device="cpu"):
-    """Yield (images (B, 3, S, S) in [0, 1] on device, labels (B,), indices (B,)) for each batch.
+    """Yield (images (B, 3, S, S) in [0, 1], labels (B,), indices (B,)) for each batch.
+
+    Images and labels on the device, indices on the CPU: reading them never waits for a GPU.
 
     augment: random views whose parameters come from (seed, epoch, image index) alone, so the
     result does not depend on `workers` (threads that prepare the next two batches; 0: none) or on
@@ -618,8 +616,8 @@ def load_batches(dataset: ImageSet, batches, seed: int = 0, epoch: int = 0, *, a
 
     def finish(views, batch):
         images = torch.stack(views).to(device, non_blocking=True, memory_format=CHANNELS_LAST)
-        return (images.float().div_(255), dataset.labels[batch].to(device, non_blocking=True),
-                batch.to(device, non_blocking=True))
+        labels = dataset.labels[batch].to(device, non_blocking=True)
+        return images.float().div_(255), labels, batch
 
     if workers == 0:
         for batch in batches:
@@ -744,7 +742,7 @@ class BNInception(nn.Module):
         maps = F.max_pool2d(self._run(maps, "conv1_7x7_s2"), 3, 2, ceil_mode=True)
         maps = self._run(maps, "conv2_3x3_reduce", "conv2_3x3")
         maps = F.max_pool2d(maps, 3, 2, ceil_mode=True)
-        for block, (_, one, _, _, pool, proj) in self.BLOCKS.items():
+        for block, (_, one, _, _, pool, _) in self.BLOCKS.items():
             name = f"inception_{block}_"
             out = [self._run(maps, name + "1x1")] if one else []
             out.append(self._run(maps, name + "3x3_reduce", name + "3x3"))
@@ -814,9 +812,10 @@ def _load_backbone(backbone, state, arch, weights):
                         f"run with --resume or evaluate it with eval.py")
     state = state.get("state_dict", state)
     own = backbone.state_dict()
+    heads = ("classifier.", "fc.", "last_linear.")
     state = {name: value.squeeze(0) if value.dim() == 2 and value.size(0) == 1 else value
              for name, value in state.items()             # old bninception files: BatchNorm [1, C]
-             if isinstance(value, Tensor) and not name.startswith(("classifier.", "fc.", "last_linear."))}
+             if isinstance(value, Tensor) and not name.startswith(heads)}
     for name, value in own.items():                       # absent in files of old torch versions
         if name.endswith("num_batches_tracked"):
             state.setdefault(name, value)
@@ -865,7 +864,7 @@ def frozen(*models):
 
 
 def train_mode(model: nn.Module, freeze_bn: bool) -> None:
-    """Training mode; freeze_bn keeps the BatchNorm statistics fixed (weight and bias still train)."""
+    """Training mode; freeze_bn fixes the BatchNorm statistics (weight and bias still train)."""
     model.train()
     if freeze_bn:
         for module in model.modules():
@@ -938,8 +937,8 @@ def _distance(first, second):
 def _reduce(terms, reduction):
     if reduction not in ("mean", "nonzero"):
         raise ValueError(f"reduction must be 'mean' or 'nonzero', not {reduction!r}")
-    count = (terms > 0).sum() if reduction == "nonzero" else torch.tensor(len(terms))
-    return terms.sum() / count.clamp(min=1).to(terms.device)
+    count = (terms > 0).sum().clamp(min=1) if reduction == "nonzero" else max(len(terms), 1)
+    return terms.sum() / count
 
 
 @torch.no_grad()
@@ -1071,7 +1070,7 @@ def shift_objective(models, references):
 # ---- metrics ---------------------------------------------------------------------------------
 
 def _similarities(embeddings, labels, gallery=None, gallery_labels=None):
-    """Chunk by chunk: (rows, similarity (b, N), relevant (b, N) bool), for the three gallery forms.
+    """Chunk by chunk: (similarity (b, N), relevant (b, N) bool), for the three gallery forms.
 
     similarity orders candidates as the Euclidean distance does: x.y - |y|^2 / 2. The query itself
     (leave-one-out, or row i of a gallery of the same images) is -inf and never relevant.
@@ -1087,14 +1086,15 @@ def _similarities(embeddings, labels, gallery=None, gallery_labels=None):
     if len(distinct) == len(gallery):
         distinct, column = gallery, None
     half_norm = distinct.square().sum(1) / 2
-    for rows in torch.arange(len(labels), device=labels.device).split(max(1, 2**24 // len(gallery))):
+    chunk = max(1, 2**24 // len(gallery))
+    for rows in torch.arange(len(labels), device=labels.device).split(chunk):
         similarity = embeddings[rows] @ distinct.T - half_norm
         similarity = similarity if column is None else similarity[:, column]
         relevant = labels[rows, None] == gallery_labels
         if same_images:
             similarity[torch.arange(len(rows)), rows] = -torch.inf
             relevant[torch.arange(len(rows)), rows] = False
-        yield rows, similarity, relevant
+        yield similarity, relevant
 
 
 @torch.no_grad()
@@ -1109,7 +1109,7 @@ def recall_at_k(embeddings: Tensor, labels: Tensor, ks=(1, 2, 4, 8), gallery: Te
     A query whose class has no candidate is a miss. -> {K: share in [0, 1]}.
     """
     hits = torch.zeros(len(ks), dtype=torch.int64)
-    for rows, similarity, relevant in _similarities(embeddings, labels, gallery, gallery_labels):
+    for similarity, relevant in _similarities(embeddings, labels, gallery, gallery_labels):
         nearest = similarity.masked_fill(~relevant, -torch.inf).amax(1, keepdim=True)
         # not (other < nearest), so that a NaN counts against the query too
         nearer = (~relevant & ~(similarity < nearest)).sum(1)
@@ -1128,7 +1128,7 @@ def map_at_r(embeddings: Tensor, labels: Tensor, gallery: Tensor | None = None,
     the query.
     """
     total, queries = 0.0, 0
-    for rows, similarity, relevant in _similarities(embeddings, labels, gallery, gallery_labels):
+    for similarity, relevant in _similarities(embeddings, labels, gallery, gallery_labels):
         count = relevant.sum(1)
         if count.max() > 0:
             hit = relevant.gather(1, _nearest(similarity, relevant, int(count.max())))
@@ -1138,7 +1138,7 @@ def map_at_r(embeddings: Tensor, labels: Tensor, gallery: Tensor | None = None,
 
 
 def _nearest(similarity, relevant, k):
-    """Indices (b, k) of the nearest candidates; in a tie (or NaN) the irrelevant one comes first."""
+    """Indices (b, k) of the nearest candidates; at a tie or NaN irrelevant ones come first."""
     below = torch.nextafter(similarity, similarity.new_tensor(-torch.inf))
     ranked = torch.where(relevant, below.nan_to_num(nan=-torch.inf),
                          similarity.nan_to_num(nan=torch.inf))
@@ -1164,7 +1164,8 @@ def kmeans(embeddings: Tensor, clusters: int, seed: int) -> Tensor:
     points = embeddings.float()
     clusters = min(clusters, len(points))
     if clusters > 1000:
-        centres = points[torch.from_numpy(stream.permutation(len(points))[:clusters]).to(points.device)]
+        rows = torch.from_numpy(stream.permutation(len(points))[:clusters])
+        centres = points[rows.to(points.device)]
     else:
         chosen = [int(stream.integers(len(points)))]
         nearest = (points - points[chosen[0]]).square().sum(1)
@@ -1205,7 +1206,8 @@ def _entropy(sizes):
 
 def _mutual_information(rows, columns, both, i, j):
     total = both.sum()
-    return float((both / total * (both.log() + total.log() - rows[i].log() - columns[j].log())).sum())
+    ratio = both.log() + total.log() - rows[i].log() - columns[j].log()
+    return float((both / total * ratio).sum())
 
 
 def nmi(labels: Tensor, clusters: Tensor) -> float:
@@ -1239,7 +1241,7 @@ def ami(labels: Tensor, clusters: Tensor) -> float:
         b, times = column_size[:, None], column_count[:, None] * times_a             # (sizes, 1)
         n = torch.arange(1, int(min(a, column_size.max())) + 1, dtype=torch.float64)   # (values,)
         possible = (n >= a + b - total) & (n <= b)
-        n = torch.where(possible, n, torch.minimum(a, b))                              # a legal value
+        n = torch.where(possible, n, torch.minimum(a, b))            # any legal one: it is left out
         log_probability = (log_factorials(a) + log_factorials(b) + log_factorials(total - a)
                            + log_factorials(total - b) - log_factorials(total)
                            - log_factorials(n) - log_factorials(a - n)
@@ -1289,7 +1291,7 @@ def cluster_vote_rule(images: int, clusters: int) -> str:
 
 @torch.no_grad()
 def vote_clusters(assignments: Tensor, clusters: int) -> Tensor:
-    """One clustering out of the members': ids int64 (n,) from assignments (N, n), `clusters` at most.
+    """One clustering out of the N members': at most `clusters` ids (n,) from assignments (N, n).
 
     Up to 5,000 images, co-association: two images belong together when most members put them
     together; average linkage on that relation, down to `clusters`. Above, every member's ids are
@@ -1403,13 +1405,13 @@ def _greedy_assignment(cells, size):
     for row, column in zip((cells // size).tolist(), (cells % size).tolist()):
         if match[row] < 0 and free[column]:
             match[row], free[column] = column, False
-    match[match < 0] = np.flatnonzero(free)                # rows without an overlap: any that is left
+    match[match < 0] = np.flatnonzero(free)                # rows without an overlap: what is left
     return match
 
 
 # ---- evaluation ------------------------------------------------------------------------------
 
-KS = {"sop": (1, 10, 100, 1000), "inshop": (1, 10, 20)}            # every other data set: 1, 2, 4, 8
+KS = {"sop": (1, 10, 100, 1000), "inshop": (1, 10, 20)}            # other data sets: 1, 2, 4, 8
 PROTOCOLS = ("clustering", "template")
 
 
@@ -1439,7 +1441,7 @@ def attack_embeddings(models, batches, make_objective, *, eps, step_size, steps,
             objective = make_objective(rows)
             best, best_value = None, None
             for restart in range(restarts):
-                torch.manual_seed(int(random_stream(seed, restart, EVALUATE, number).integers(2**62)))
+                seed_torch(seed, restart, EVALUATE, number)
                 adversarial = pgd(objective, images, eps, step_size, steps, random_start)
                 if restarts == 1:
                     best = adversarial
@@ -1462,7 +1464,7 @@ def attack_embeddings(models, batches, make_objective, *, eps, step_size, steps,
 def neighbour_labels(embeddings, labels, k, gallery=None, gallery_labels=None):
     """Labels (n, k) of the k nearest candidates; gallery forms and ties as in recall_at_k."""
     names = labels if gallery_labels is None else gallery_labels
-    return torch.cat([names[_nearest(similarity, relevant, k)] for _, similarity, relevant in
+    return torch.cat([names[_nearest(similarity, relevant, k)] for similarity, relevant in
                       _similarities(embeddings, labels, gallery, gallery_labels)])
 
 
@@ -1498,8 +1500,8 @@ def metrics_by_rule(embeddings, labels, *, ks, clusters, seed, gallery=None, gal
     chance = None
     if clustering:
         stream = random_stream(seed, 0, EVALUATE)
-        chance = float(np.mean([nmi(labels, torch.from_numpy(stream.integers(clusters, size=len(labels))))
-                                for _ in range(5)]))
+        draws = torch.from_numpy(stream.integers(clusters, size=(5, len(labels))))
+        chance = float(np.mean([nmi(labels, draw) for draw in draws]))
     for score in scores.values():
         score |= {"NMI_chance": chance, "n_queries": len(labels), "n_singletons": singletons}
     return scores
@@ -1528,8 +1530,9 @@ def _vote_scores(embeddings, labels, ks, clusters, gallery, gallery_labels, assi
     count = _candidate_counts(labels, gallery_labels)
     candidates = len(labels) - 1 if gallery_labels is None else len(gallery_labels)
     depth = min(max(int(count.max()), *ks), candidates)
-    votes = torch.stack([neighbour_labels(own, labels, depth, None if gallery is None else gallery[i],
-                                          gallery_labels) for i, own in enumerate(embeddings)])
+    galleries = gallery or [None] * len(embeddings)
+    votes = torch.stack([neighbour_labels(own, labels, depth, other, gallery_labels)
+                         for own, other in zip(embeddings, galleries)])
     recall = vote_recall(votes, labels, ks)
     hit = vote_labels(votes) == labels[:, None]
     precision = _average_precision(hit, count)[count > 0]
@@ -1669,7 +1672,7 @@ def _neighbour_objectives(models, clean, labels, gallery, gallery_labels):
     targets, right = [], []
     for i, own in enumerate(clean):
         other = own if gallery is None else gallery[i]
-        nearest = torch.cat([_nearest(similarity, relevant, 1)[:, 0] for _, similarity, relevant in
+        nearest = torch.cat([_nearest(similarity, relevant, 1)[:, 0] for similarity, relevant in
                              _similarities(own, labels, other, gallery_labels)])
         targets.append(other[nearest])
         right.append(names[nearest] == labels)
@@ -1725,7 +1728,7 @@ def fraction(text: str) -> float:
         numerator, _, denominator = text.partition("/")
         value = float(numerator) / float(denominator or 1)
     except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction such as 8/255 or 0.03") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction such as 8/255") from None
     if not value >= 0 or math.isinf(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1, as pixel values are")
     if value > 1:
@@ -1763,7 +1766,7 @@ def base_parser(description=None) -> Parser:
     data.add_argument("--image-size", type=number(int, 16, 4096), default=224,
                       help="side S of the network's input; test images: Resize(256 S / 224), crop")
     data.add_argument("--cache-gb", type=number(float, 0), default=4.0,
-                      help="decode images once when they fit in this memory; 0: read them each time")
+                      help="decode images once when they fit in this memory; 0: each time")
     data.add_argument("--workers", type=number(int, 0, 256), default=2,
                       help="threads that prepare batches; never changes a result")
     data.add_argument("--val-classes", type=number(int, 0), default=0, metavar="N",
@@ -2079,7 +2082,7 @@ def load_checkpoint(path) -> dict:
     checkpoint = _torch_load(path, "a checkpoint")
     if checkpoint.get("format") != FORMAT or "members" not in checkpoint:
         raise UserError(f"{path} is not a checkpoint of these scripts (format "
-                        f"{checkpoint.get('format')}, expected {FORMAT}): give the last.pt of a run")
+                        f"{checkpoint.get('format')}, expected {FORMAT}): give a run's last.pt")
     return checkpoint
 
 
@@ -2088,7 +2091,7 @@ def _torch_load(path, what):
         with open(path, "rb") as file:
             head = file.read(64).lstrip()
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): give {what} that exists") from error
+        raise UserError(f"cannot read {path} ({error.strerror}): give {what}") from error
     if head.startswith(b"<"):
         raise UserError(f"{path} is not {what}: it starts with '<', a web page was saved in its "
                         f"place; download it again")
@@ -2189,7 +2192,8 @@ def format_table(rows: list[dict]) -> str:
         for position, (side, name) in enumerate(columns):
             first = position == 0 or columns[position - 1][0] != side
             value = row[side].get(name)
-            line += ("  | " if first else " ") + ("-" if value is None else f"{100 * value:.1f}").rjust(5)
+            cell = "-" if value is None else f"{100 * value:.1f}"
+            line += ("  | " if first else " ") + cell.rjust(5)
         lines.append(line)
     return "\n".join(line.rstrip() for line in lines)
 
@@ -2207,5 +2211,5 @@ def quick_scores(evaluation) -> dict:
     """Clean and attacked Recall@1 and mAP@R of the headline rule, for log.jsonl."""
     clean, robust, _ = evaluation
     attacked = next(entry for entry in robust if entry["rule"] == clean["rule"])
-    return {f"{side}_{name}": scores[name] for side, scores in (("clean", clean), ("robust", attacked))
-            for name in ("R@1", "mAP@R")}
+    return {f"{side}_{name}": scores[name] for name in ("R@1", "mAP@R")
+            for side, scores in (("clean", clean), ("robust", attacked))}

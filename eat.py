@@ -39,7 +39,6 @@ from torch import nn
 import common
 from common import UserError, frozen, load_batches, pgd, proxy_anchor_loss, seed_torch
 
-
 # ---- method
 
 def split_by_image(labels, parts, seed):
@@ -48,8 +47,8 @@ def split_by_image(labels, parts, seed):
     Each class is shuffled and dealt out in turn, going on where the previous class stopped.
     """
     stream = common.random_stream(seed, 0, common.SPLIT)
-    order = torch.cat([rows[torch.from_numpy(stream.permutation(len(rows)))]
-                       for rows in ((labels == label).nonzero()[:, 0] for label in labels.unique())])
+    rows = [(labels == label).nonzero()[:, 0] for label in labels.unique()]
+    order = torch.cat([own[torch.from_numpy(stream.permutation(len(own)))] for own in rows])
     part = torch.empty(len(labels), dtype=torch.int64)
     part[order] = torch.arange(len(labels)) % parts
     return part
@@ -96,9 +95,9 @@ def member_loss(member, proxies, images, adversarial, labels, beta):
 # ---- command line
 
 # For generated data, on a CPU.
-SMALL = dict(arch="convnet", pool="avgmax", image_size=32, embedding_dim=64, epochs=12, batch_size=30, lr=2e-3,
-             eps=8 / 255, step_size=2 / 255, attack_steps=5, eps_ramp_epochs=4,
-             plain_epochs=12)
+SMALL = dict(arch="convnet", pool="avgmax", image_size=32, embedding_dim=64, epochs=12,
+             batch_size=30, lr=2e-3, eps=8 / 255, step_size=2 / 255, attack_steps=5,
+             eps_ramp_epochs=4, plain_epochs=12)
 
 
 def parse_args(argv=None):
@@ -168,7 +167,9 @@ def main(args):
     drawn = args.batch_size
     if args.split and not args.own_batches:
         drawn = min(round(args.batch_size * count / (count - 1)), len(train))
-    pools = [rows.nonzero()[:, 0] for rows in sees] if args.own_batches else [torch.arange(len(train))]
+    pools = [torch.arange(len(train))]
+    if args.own_batches:
+        pools = [rows.nonzero()[:, 0] for rows in sees]
     batches_of(args, train, pools, drawn, 0)                    # an impossible batch fails here
     if args.compile:
         for member in members:
@@ -200,8 +201,8 @@ def main(args):
             for i in range(count):
                 images, labels, rows = step[i if args.own_batches else 0]
                 adversarial = crafted[i if args.own_batches else 0]
-                kept = sees[i][rows.cpu()].to(device)
-                if not bool(sees[i][rows.cpu()].any()):
+                kept = sees[i][rows].nonzero()[:, 0]                # on the CPU: no GPU sync
+                if len(kept) == 0:
                     continue                                    # a small last batch: nothing to see
                 loss, clean, robust = member_loss(members[i], proxies[i], images[kept],
                                                   adversarial[kept], labels[kept], args.beta)
@@ -280,8 +281,8 @@ def batches_of(args, train, pools, drawn, epoch):
         purpose = common.BATCHES + common.MEMBER * i
         if args.images_per_class:
             drawn -= drawn % args.images_per_class
-            lists.append(common.class_balanced_batches(train.labels[pool], drawn, args.images_per_class,
-                                                       args.seed, epoch, purpose))
+            lists.append(common.class_balanced_batches(
+                train.labels[pool], drawn, args.images_per_class, args.seed, epoch, purpose))
         else:
             lists.append(common.shuffled_batches(len(pool), drawn, args.seed, epoch, purpose))
         lists[-1] = [pool[batch] for batch in lists[-1]]

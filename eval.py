@@ -7,6 +7,7 @@
 
     python eval.py runs/eat-cub-mobilenetv2-s0              # all it needs is in the checkpoint
     python eval.py runs/* --protocol template --eps 0.05    # one table over all runs
+    python eval.py runs/eat-glyphs-* --table results/eat-glyphs    # mean and std over seeds
     from eval import evaluate_robustness                    # your own model: README
 
 Protocols: "clustering" attacks every image and compares attacked images (Ke, arXiv 2501.01025);
@@ -16,6 +17,9 @@ A run's folder gets its new entries in results.json; one that is there already i
 
 import argparse
 import json
+import shlex
+import statistics
+import sys
 from pathlib import Path
 
 import torch
@@ -24,7 +28,6 @@ from torch import nn
 
 import common
 from common import UserError
-
 
 # ---- any model
 
@@ -67,7 +70,7 @@ def evaluate_robustness(embed, images_or_loader, labels=None, *, protocol="clust
         rows = torch.arange(len(images)).split(batch_size)
 
         def batches():
-            return ((images[batch].to(device), None, batch.to(device)) for batch in rows)
+            return ((images[batch].to(device), None, batch) for batch in rows)
 
         clean, robust, more = common.evaluate(with_unit_rows, batches, labels.to(device),
                                               [settings], ks=ks, seed=seed)
@@ -89,14 +92,15 @@ def _images_and_labels(images, labels):
                          f"{tuple(images.shape)} and {tuple(labels.shape)}")
     low, high = float(images.min()), float(images.max())
     if not (low >= -1e-5 and high <= 1 + 1e-5):
-        raise ValueError(f"images must be in [0, 1], found {low:.3g} to {high:.3g}: eps is a number "
-                         f"of pixel values, so normalise inside the model, for example "
+        raise ValueError(f"images must be in [0, 1], found {low:.3g} to {high:.3g}: eps counts "
+                         f"pixel values, so normalise inside the model, for example "
                          f"lambda x: net((x - mean) / std)")
     return images.float().clamp(0, 1), labels
 
 
 def _checked(embeddings, count):
-    if not isinstance(embeddings, torch.Tensor) or embeddings.dim() != 2 or len(embeddings) != count:
+    if not (isinstance(embeddings, torch.Tensor) and embeddings.dim() == 2
+            and len(embeddings) == count):
         found = tuple(getattr(embeddings, "shape", ())) or type(embeddings).__name__
         raise ValueError(f"embed must return embeddings (B, D): found {found} for B = {count}")
     return embeddings
@@ -138,6 +142,8 @@ def parse_args(argv=None):
     data.add_argument("--deterministic", action=argparse.BooleanOptionalAction, default=False)
     output = parser.add_argument_group("output")
     output.add_argument("--json", default=None, metavar="FILE", help="write all of it here too")
+    output.add_argument("--table", default=None, metavar="NAME",
+                        help="write NAME.json and NAME.md: mean and standard deviation over seeds")
     output.add_argument("--overwrite", action="store_true",
                         help="attack again where results.json has the entry")
     output.add_argument("--dry-run", action="store_true", help="one batch; writes nothing")
@@ -147,8 +153,9 @@ def parse_args(argv=None):
 # ---- evaluation
 
 def main(args):
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise UserError(f"--json {args.json}: its folder does not exist; create it")
+    for flag, target in (("--json", args.json), ("--table", args.table)):
+        if target and not Path(target).absolute().parent.is_dir():
+            raise UserError(f"{flag} {target}: its folder does not exist; create it")
     checkpoints = [common.load_checkpoint(run) for run in args.runs]      # all, before any work
     device = common.pick_device(args.device, args.deterministic)
     rows, report, attack = [], [], None
@@ -171,16 +178,81 @@ def main(args):
                 common.write_atomic(Path(run) / "results.json",
                                     json.dumps(results, indent=1).encode())
         label = Path(run).stem if Path(run).is_file() else Path(run).resolve().name
-        rows += common.results_table({**outcome, "method": label, "variant": ""})
-        report.append({"run": label, **outcome})
+        own = common.results_table({**outcome, "method": label, "variant": ""})
+        undefended = (results or {}).get("undefended")
+        if undefended and known_entries(undefended, attack, args) and not args.limit_queries:
+            epochs = undefended["epochs"]
+            own += common.results_table(
+                undefended, label=f"{label} undefended" if epochs else f"{label} not trained")
+        rows += own
+        report.append({"run": label, "flags": checkpoint["args"], "rows": own, **outcome})
     limited = f", a fixed subset of {args.limit_queries} images" if args.limit_queries else ""
     print(f"{attack}{limited}{', bfloat16' if args.amp else ''}; scores in %")
     print(common.format_table(rows))
     for outcome in report:
         for alert in outcome["warnings"]:
             print(f"warning: {outcome['run']}: {alert}")
-    if args.json and not args.dry_run:
-        common.write_atomic(Path(args.json), json.dumps(report, indent=1).encode())
+    if args.dry_run:
+        return
+    if args.json:
+        content = [{name: outcome[name] for name in ("run", "clean", "robust", "warnings")}
+                   for outcome in report]
+        common.write_atomic(Path(args.json), json.dumps(content, indent=1).encode())
+    if args.table:
+        content = table_content(report, attack)
+        common.write_atomic(Path(args.table + ".json"), json.dumps(content, indent=1).encode())
+        common.write_atomic(Path(args.table + ".md"), table_markdown(content).encode())
+
+
+def table_content(report, attack):
+    """What --table stores: a row per configuration and rule, mean and std over its seeds."""
+    groups = {}
+    for outcome in report:
+        flags, seed = outcome["flags"], f"-s{outcome['flags']['seed']}"
+        config = json.dumps({name: value for name, value in flags.items()
+                             if name not in ("seed", "out", "device", "workers")})
+        for row in outcome["rows"]:
+            name = row["name"].replace(outcome["run"], outcome["run"].removesuffix(seed))
+            groups.setdefault((config, name), []).append((flags["seed"], row))
+    rows = [{"name": name, "seeds": [seed for seed, _ in found],
+             **{side: spread([row[side] for _, row in found]) for side in ("clean", "attacked")}}
+            for (_, name), found in groups.items()]
+    flags = {name: Path(value).name if name in ("data_root", "weights", "out") else value
+             for name, value in report[0]["flags"].items()}
+    return {"command": shlex.join(["python", "eval.py", *sys.argv[1:]]), "attack": attack.entry(),
+            "title": str(attack), "flags_of_first_run": flags, "versions": common.versions(),
+            "warnings": [f"{outcome['run']}: {alert}" for outcome in report
+                         for alert in outcome["warnings"]], "rows": rows}
+
+
+def spread(scores):
+    """{metric: [mean, std]} of one row's seeds; std is None for one seed."""
+    return {name: [statistics.mean(score[name] for score in scores),
+                   statistics.stdev(score[name] for score in scores) if len(scores) > 1 else None]
+            for name, value in scores[0].items()
+            if isinstance(value, float) and all(name in score for score in scores)}
+
+
+def table_markdown(content):
+    """The Markdown of a --table file, made from its JSON alone."""
+    columns = [(side, name) for side in ("clean", "attacked") for name in content["rows"][0][side]
+               if name in ("mAP@R", "NMI", "AMI", "F1") or name in ("R@1", "R@8", "R@10")]
+    lines = ["| " + " | ".join(["in %", *(f"{side} {name}" for side, name in columns)]) + " |",
+             "|---" + "|---:" * len(columns) + "|"]
+    for row in content["rows"]:
+        cells = [row["name"]]
+        for side, name in columns:
+            mean, std = row[side].get(name, [None, None])
+            cells.append("-" if mean is None else f"{100 * mean:.1f}"
+                         + ("" if std is None else f" ± {100 * std:.1f}"))
+        lines.append("| " + " | ".join(cells) + " |")
+    seeds = content["rows"][0]["seeds"]
+    chance = content["rows"][0]["clean"]["NMI_chance"][0]
+    title = (f"{content['title']}; {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+             f"{', mean ± std' if len(seeds) > 1 else ''}; NMI by chance {100 * chance:.1f}. "
+             f"Made by `{content['command']}`.")
+    return "\n".join([title, "", *lines, *(f"\nWarning: {alert}" for alert in content["warnings"])]
+                     ) + "\n"
 
 
 def stored_results(run, checkpoint):

@@ -1,0 +1,91 @@
+"""The README does what it says: its commands parse, its snippet runs, its tables are the files."""
+
+import ast
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+import eat
+import eval as evaluator
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+SCRIPTS = {"eat.py": eat, "eval.py": evaluator}
+SOURCES = sorted(ROOT.glob("*.py"))
+
+
+def commands(text):
+    found = re.findall(r"(?:^    |`)(?:uv run|python) (\w+\.py[^`\n]*)", text, re.M)
+    return [shlex.split(re.sub(r"--seed S\b", "--seed 0", line.split("   #")[0])) for line in found]
+
+
+@pytest.mark.parametrize("command", commands(README), ids=" ".join)
+def test_every_command_in_the_readme_parses(command, tmp_path, monkeypatch):
+    script, *flags = command
+    monkeypatch.chdir(tmp_path)                      # --resume looks for a run's folder
+    SCRIPTS[script].parse_args(flags)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_commands_in_a_scripts_docstring_parse(script):
+    for name, *flags in commands(SCRIPTS[script].__doc__):
+        SCRIPTS[name].parse_args(flags)
+
+
+def test_the_snippet_for_your_own_model_runs(capsys):
+    snippet = re.search(r"<!-- test: own-model -->\n```python\n(.*?)```", README, re.S).group(1)
+    exec(compile(snippet, "README.md", "exec"), {})
+    clean, attacked, warning = capsys.readouterr().out.split(maxsplit=2)
+    assert 0 <= float(attacked) <= 1 and 0 <= float(clean) <= 1
+    assert "unit vectors" in warning
+
+
+@pytest.mark.parametrize("name", re.findall(r"<!-- (results/\S+\.md) -->", README))
+def test_every_table_is_its_file_and_every_file_is_its_json(name):
+    table = (ROOT / name).read_text()
+    assert f"<!-- {name} -->\n{table}<!-- end -->" in README
+    content = json.loads((ROOT / name).with_suffix(".json").read_text())
+    assert evaluator.table_markdown(content) == table
+    assert "/" not in content["flags_of_first_run"]["data_root"]
+
+
+def test_the_header_of_every_script_names_the_requirements():
+    wanted = (ROOT / "requirements.txt").read_text().split()
+    for script in SCRIPTS:
+        header = re.search(r"^# /// script\n(.*?)^# ///$", (ROOT / script).read_text(), re.S | re.M)
+        listed = re.search(r"^# dependencies = (\[.*\])$", header.group(1), re.M).group(1)
+        assert json.loads(listed) == wanted
+        assert '# requires-python = ">=3.10"' in header.group(1)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_every_file_names_its_licence_and_imports_only_what_is_promised(source):
+    text = source.read_text()
+    assert text.startswith("# SPDX-License-Identifier: MIT\n")
+    allowed = {"torch", "torchvision", "numpy"} | set(sys.stdlib_module_names)
+    allowed |= set() if source.name == "common.py" else {"common"}
+    optional = {"tqdm", "scipy"}                     # imported where they are used
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else \
+                [alias.name for alias in node.names]
+            for name in names:
+                top = name.split(".")[0]
+                assert top in allowed or (top in optional and node.col_offset > 0), name
+
+
+def test_ci_runs_the_readmes_test_command():
+    section = README.split("## Tests")[1].split("\n## ")[0]
+    assert re.search(r"^    (.*)$", section, re.M).group(1) == \
+        "pip install -r requirements-dev.txt && python -m pytest"
+
+
+def test_every_flag_of_a_method_is_explained():
+    for script in SCRIPTS.values():
+        with pytest.raises(SystemExit) as stopped:
+            script.parse_args(["--help"])
+        assert stopped.value.code == 0
