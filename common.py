@@ -32,7 +32,6 @@ import warnings
 from collections import Counter, OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -109,6 +108,7 @@ class ImageSet:
         self.generated = pixels is not None
         self.store = pixels                          # one uint8 (3, h, w) per image, or None
         self.gallery = None
+        self.limited = False                         # a --limit-queries subset
 
     def __len__(self):
         return len(self.paths)
@@ -117,10 +117,12 @@ class ImageSet:
         return self.view(index).float() / 255, int(self.labels[index])
 
     def subset(self, rows):
-        """The images in `rows`, with labels renumbered so that they are 0..C-1 again."""
+        """The images in `rows`; without a gallery labels are renumbered to 0..C-1 again."""
         rows = [int(row) for row in rows]
         names = [self.classes[self.labels[row]] for row in rows]
-        kept = set(names)
+        kept = set(self.classes)
+        if self.gallery is None:                     # a gallery shares the label map: keep that
+            kept = set(names)
         part = ImageSet([self.paths[row] for row in rows], names, self.image_size,
                         classes=[name for name in self.classes if name in kept])
         part.generated = self.generated
@@ -538,12 +540,14 @@ def _gaussian(seed, size):
 
 
 def balanced_subset(dataset: ImageSet, count: int) -> ImageSet:
-    """A fixed class-balanced subset of `count` images: one more of every class, round by round."""
+    """A fixed class-balanced subset of `count` images: two more of every class, round by round."""
     seen, turn = Counter(), []
     for label in dataset.labels.tolist():
-        turn.append(seen[label])
+        turn.append(seen[label] // 2)                # in pairs: a single image has nothing to find
         seen[label] += 1
-    return dataset.subset(sorted(np.argsort(turn, kind="stable")[:count].tolist()))
+    part = dataset.subset(sorted(np.argsort(turn, kind="stable")[:count].tolist()))
+    part.limited = True
+    return part
 
 
 def split_validation(train: ImageSet, classes: int) -> tuple[ImageSet, ImageSet]:
@@ -576,7 +580,7 @@ def class_balanced_batches(labels: Tensor, batch_size: int, images_per_class: in
     do not exist.
     """
     per_batch, rest = divmod(batch_size, images_per_class)
-    if rest:
+    if rest or not per_batch:
         raise UserError(f"--batch-size {batch_size} is not a multiple of --images-per-class "
                         f"{images_per_class}: change one of them")
     stream = random_stream(seed, epoch, purpose)
@@ -767,6 +771,8 @@ def build_model(arch: str, embedding_dim: int = 128, weights: str = "none",
     """
     if arch not in ARCHS:
         raise UserError(f"unknown --arch {arch!r}: choose one of {', '.join(ARCHS)}")
+    if pool not in (None, "avg", "avgmax"):
+        raise UserError(f"unknown --pool {pool!r}: choose avg or avgmax")
     state = None if weights == "none" else _pretrained(arch, weights)
     if arch in TORCHVISION:
         net = torchvision.models.get_model(TORCHVISION[arch])
@@ -799,7 +805,7 @@ def _pretrained(arch, weights):
     entry = torchvision.models.get_model_weights(TORCHVISION[arch])["IMAGENET1K_V1"]
     try:
         return entry.get_state_dict(progress=False, check_hash=True)
-    except (URLError, OSError, RuntimeError) as error:
+    except Exception as error:                 # no network, a damaged cache, a full disk ...
         raise UserError(f"cannot download {os.path.basename(entry.url)} ({error}): fetch it from "
                         f"{entry.url} and pass --weights FILE, or --weights none for a random "
                         f"start") from error
@@ -811,6 +817,8 @@ def _load_backbone(backbone, state, arch, weights):
         raise UserError(f"{weights} is a checkpoint of a run, not ImageNet weights: continue the "
                         f"run with --resume or evaluate it with eval.py")
     state = state.get("state_dict", state)
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise UserError(f"{weights} holds no named tensors: give ImageNet weights of {arch}")
     own = backbone.state_dict()
     heads = ("classifier.", "fc.", "last_linear.")
     state = {name: value.squeeze(0) if value.dim() == 2 and value.size(0) == 1 else value
@@ -1170,7 +1178,7 @@ def kmeans(embeddings: Tensor, clusters: int, seed: int) -> Tensor:
         chosen = [int(stream.integers(len(points)))]
         nearest = (points - points[chosen[0]]).square().sum(1)
         for _ in range(clusters - 1):                 # next centre with probability ~ distance^2
-            cumulative = nearest.double().cumsum(0)
+            cumulative = nearest.double().cpu().cumsum(0)      # on a GPU the sum's order varies
             draw = stream.random() * float(cumulative[-1])
             row = int(torch.searchsorted(cumulative, draw, right=True).clamp(max=len(points) - 1))
             chosen.append(row)
@@ -1264,11 +1272,11 @@ def pairwise_f1(labels: Tensor, clusters: Tensor) -> float:
 # ---- inference by voting ---------------------------------------------------------------------
 
 def vote_labels(votes: Tensor) -> Tensor:
-    """Plurality over the first dimension: (N, ...) labels -> (...) labels.
+    """Plurality over the first dimension, the N members: (N, ...) labels -> (...) labels.
 
     Among tied labels the one whose first voter comes first: [A, B, B, C, C] -> B, [A, B, C] -> A.
     """
-    agreeing = (votes[:, None] == votes[None]).sum(1)                    # (N, ...) votes of a label
+    agreeing = torch.stack([(votes == own).sum(0, dtype=torch.uint8) for own in votes])
     return votes.gather(0, agreeing.argmax(0, keepdim=True))[0]          # argmax: the first maximum
 
 
@@ -1559,8 +1567,8 @@ class Attack:
     "template": queries are attacked, the gallery is clean (Panum et al., Algorithm 1).
     objective "shift": 1 - cos to the own clean embedding. "neighbour": distance to the clean
     nearest neighbour; then only queries whose nearest neighbour is right are attacked.
-    eps None: 8/255, or 0.01 for template. step_size None: 2/255 and 2 * eps / steps there, but
-    eps / 4 with an eps of one's own. fgsm: one step of size eps.
+    eps None: 8/255 (0.01 for template). steps None: 10 (5). step_size None: eps / 4
+    (2 * eps / steps). fgsm: one step of size eps, from the clean image for "neighbour".
     """
 
     def __init__(self, protocol="clustering", attack="pgd", objective=None, eps=None,
@@ -1690,9 +1698,10 @@ def mean_cosine(embeddings: Tensor) -> float:
     return float(total / max(len(embeddings) * (len(embeddings) - 1), 1))
 
 
-def evaluate_set(models, test: ImageSet, attacks, *, batch_size, workers=0, device="cpu",
-                 ks=(1, 2, 4, 8), seed=0, limited=False):
-    """`evaluate` on an ImageSet (and its gallery)."""
+def evaluate_set(models, test: ImageSet, attacks, *, batch_size=128, workers=0, device="cpu",
+                 ks=(1, 2, 4, 8), seed=0):
+    """`evaluate` on an ImageSet (and its gallery). The starts of an attack follow the batches:
+    one batch size everywhere keeps closing and later evaluations the same."""
     def batches_of(dataset):
         order = torch.arange(len(dataset)).split(batch_size)
         return lambda: progress(load_batches(dataset, order, augment=False, workers=workers,
@@ -1700,7 +1709,7 @@ def evaluate_set(models, test: ImageSet, attacks, *, batch_size, workers=0, devi
 
     gallery = test.gallery
     return evaluate(models, batches_of(test), test.labels.to(device), attacks, ks=ks, seed=seed,
-                    limited=limited,
+                    limited=test.limited,
                     gallery_batches=None if gallery is None else batches_of(gallery),
                     gallery_labels=None if gallery is None else gallery.labels.to(device))
 
@@ -1753,8 +1762,8 @@ def number(kind, low, high=math.inf):
 
 
 def base_parser(description=None) -> Parser:
-    """The flags every training script shares. A script sets its method's defaults with
-    `parser.set_defaults` and adds its own flags in a group of their own."""
+    """The flags every training script shares, with EAT's defaults. A script changes them with
+    `parser.set_defaults` and adds its method's flags in a group of their own."""
     switch = argparse.BooleanOptionalAction
     parser = Parser(description)
     data = parser.add_argument_group("data")
@@ -1784,7 +1793,7 @@ def base_parser(description=None) -> Parser:
     model.add_argument("--freeze-bn", action=switch, default=None,
                        help="keep BatchNorm statistics (default: with pretrained weights)")
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=number(int, 0), default=200,
+    training.add_argument("--epochs", type=number(int, 1), default=200,
                           help="passes over the training set")
     training.add_argument("--warmup-epochs", type=number(int, 0), default=1,
                           help="the first epochs train head and proxies alone (0 without weights)")
@@ -1893,6 +1902,14 @@ def run_script(parse_args, main) -> None:
     except (UserError, RunFailed) as error:
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
+    except OSError as error:                       # an unreadable folder, a name that is too long
+        print(f"{Path(sys.argv[0]).name}: error: cannot use {error.filename} ({error.strerror}): "
+              f"check the path and its permissions", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, torch.OutOfMemoryError):
+        print(f"{Path(sys.argv[0]).name}: error: out of memory: lower --batch-size or --image-size;"
+              f" the run's last checkpoint is good", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -1914,18 +1931,17 @@ FORMAT = 1                                     # of last.pt
 
 
 def pick_device(name: str, deterministic: bool = False) -> torch.device:
-    """The torch device of --device; "auto" is cuda, then mps, then cpu."""
+    """The torch device of --device; "auto" is cuda where there is one, else cpu."""
     if deterministic:                          # cuBLAS reads the variable when CUDA starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     if name == "auto":
-        name = ("cuda" if torch.cuda.is_available()
-                else "mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0][:100]
         raise UserError(f"--device {name} cannot be used ({reason}): this machine has "
                         f"{torch.cuda.device_count()} CUDA devices; try --device cpu") from error
@@ -1938,6 +1954,8 @@ def load_run_data(args) -> tuple[ImageSet, ImageSet]:
                                seed=args.seed, inshop_protocol=args.inshop_protocol)
     if args.val_classes:
         train, test = split_validation(train, args.val_classes)
+    if args.limit_queries == 1:
+        raise UserError("--limit-queries 1 leaves nothing to retrieve: give at least 2")
     if args.limit_queries and args.limit_queries < len(test):
         test = balanced_subset(test, args.limit_queries)
     if args.batch_size > len(train):
@@ -1946,9 +1964,9 @@ def load_run_data(args) -> tuple[ImageSet, ImageSet]:
     return train, test
 
 
-def cache_images(train: ImageSet, test: ImageSet, limit_gb: float, workers: int) -> None:
-    """Decode what fits: the training set first, then the test set, then its gallery."""
-    for dataset in filter(None, (train, test, test.gallery)):
+def cache_images(datasets, limit_gb: float, workers: int) -> None:
+    """Decode what fits into limit_gb, in this order (None is passed over)."""
+    for dataset in filter(None, datasets):
         if dataset.cache(limit_gb, max(workers, 1)) and not dataset.generated:
             limit_gb -= dataset.stored_gb()
 
@@ -1963,6 +1981,8 @@ def claim_folder(args) -> dict | None:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"--out {out} cannot be written: {parent} is "
                         f"{'read-only' if parent.is_dir() else 'a file'}; give another --out")
+    if args.tensorboard:
+        _summary_writer()
     if args.resume:
         return resumable(out)
     if not args.overwrite and not args.dry_run and \
@@ -1973,15 +1993,17 @@ def claim_folder(args) -> dict | None:
 
 
 def resumable(out: Path) -> dict | None:
-    """The run's checkpoint; None before the first one, or if it is that of a run which the present
-    one (args.json) has replaced."""
+    """The run's checkpoint; None before the first one.
+
+    An epoch is logged before it is saved, and replacing a run empties its log first: a last.pt
+    whose epoch is not in log.jsonl belongs to a run that has been replaced.
+    """
     if not (out / "last.pt").exists():
         return None
     checkpoint = load_checkpoint(out)
-    ignored = MOVABLE_FLAGS + CALL_FLAGS
-    flags = {name: value for name, value in checkpoint["args"].items() if name not in ignored}
-    recorded = read_json(out / "args.json") if (out / "args.json").exists() else flags
-    return checkpoint if all(recorded.get(name) == flags[name] for name in flags) else None
+    replaced = (out / "log.jsonl").exists() and \
+        checkpoint["epoch"] not in [line["epoch"] for line in read_log(out)]
+    return None if replaced else checkpoint
 
 
 def stored_flags(out: Path) -> dict | None:
@@ -1992,6 +2014,15 @@ def stored_flags(out: Path) -> dict | None:
     return read_json(out / "args.json") if (out / "args.json").exists() else None
 
 
+def check_same_run(checkpoint, method, train) -> None:
+    """A checkpoint continues only its own method on the same classes."""
+    if checkpoint and (checkpoint["method"] != method or checkpoint["classes"] != train.classes):
+        raise UserError(f"the checkpoint is of {checkpoint['method']} on "
+                        f"{len(checkpoint['classes'])} classes, this is {method} on "
+                        f"{len(train.classes)}: resume with the same script and data, or start "
+                        f"another run with another --out")
+
+
 def begin_run(args, device, checkpoint) -> None:
     """Create the folder, write args.json, and drop log lines and results of a replaced run or of
     epochs after the checkpoint. An old last.pt stays until the first new one is complete."""
@@ -2000,13 +2031,12 @@ def begin_run(args, device, checkpoint) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create --out {out} ({error.strerror}): give another") from error
-    if args.overwrite:
-        (out / "results.json").unlink(missing_ok=True)
-    if checkpoint is None:
-        record = {**vars(args), "device": str(device), **provenance(device)}
-        write_atomic(out / "args.json", json.dumps(record, indent=1).encode())
     kept = [line for line in read_log(out) if line["epoch"] <= epoch]
     write_atomic(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+    if checkpoint is None:
+        (out / "results.json").unlink(missing_ok=True)
+        record = {**vars(args), "device": str(device), **provenance(device)}
+        write_atomic(out / "args.json", json.dumps(record, indent=1).encode())
 
 
 def provenance(device) -> dict:
@@ -2034,8 +2064,7 @@ def versions() -> dict:
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write under a temporary name, then rename: readers see the old file or the new one whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    last = path.with_name("last.pt")
+    temporary, last = path.with_name(path.name + ".tmp"), path.with_name("last.pt")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -2043,16 +2072,20 @@ def write_atomic(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise RunFailed(f"cannot write {path} ({error.strerror}): the last good checkpoint is "
                         f"{last if last.exists() else 'none'}") from error
+    finally:                                   # interrupted or failed: nothing half-written stays
+        temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}): remove it or restore it") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a dict: restore it")
+    return content
 
 
 def save_checkpoint(args, *, method, epoch, members, proxies, optimizers, schedulers, classes,
@@ -2071,8 +2104,17 @@ def save_checkpoint(args, *, method, epoch, members, proxies, optimizers, schedu
         "state": state or {}, "classes": list(classes), "versions": versions(),
     }
     buffer = io.BytesIO()                      # a full disk is then an OSError of one plain write
-    torch.save(content, buffer)
+    torch.save(_on_cpu(content), buffer)
     write_atomic(Path(args.out) / "last.pt", buffer.getvalue())
+
+
+def _on_cpu(content):
+    """The same nested lists and dicts with their tensors on the CPU: any machine can load them."""
+    if isinstance(content, dict):
+        return {name: _on_cpu(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [_on_cpu(value) for value in content]
+    return content.cpu() if isinstance(content, Tensor) else content
 
 
 def load_checkpoint(path) -> dict:
@@ -2080,7 +2122,8 @@ def load_checkpoint(path) -> dict:
     path = Path(path)
     path = path / "last.pt" if path.is_dir() else path
     checkpoint = _torch_load(path, "a checkpoint")
-    if checkpoint.get("format") != FORMAT or "members" not in checkpoint:
+    flags = checkpoint.get("args") if isinstance(checkpoint.get("args"), dict) else {}
+    if checkpoint.get("format") != FORMAT or "members" not in checkpoint or "arch" not in flags:
         raise UserError(f"{path} is not a checkpoint of these scripts (format "
                         f"{checkpoint.get('format')}, expected {FORMAT}): give a run's last.pt")
     return checkpoint
@@ -2121,18 +2164,23 @@ def log_epoch(args, record: dict) -> None:
         with open(Path(args.out) / "log.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
     except OSError as error:
+        last = Path(args.out) / "last.pt"
         raise RunFailed(f"cannot write {args.out}/log.jsonl ({error.strerror}): the last good "
-                        f"checkpoint is that of epoch {record['epoch'] - 1}") from error
+                        f"checkpoint is {last if last.exists() else 'none'}") from error
     shown = [f"{name} {value:.4g}" for name, value in record.items() if name != "epoch"]
     print(f"epoch {record['epoch']}/{args.epochs}  " + "  ".join(shown), flush=True)
     if args.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("--tensorboard needs tensorboard: pip install tensorboard") from None
-        with SummaryWriter(args.out) as writer:
+        with _summary_writer()(args.out) as writer:
             for name, value in record.items():
                 writer.add_scalar(name, value, record["epoch"])
+
+
+def _summary_writer():
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs tensorboard: pip install tensorboard") from None
+    return SummaryWriter
 
 
 def check_finite(loss: float, epoch: int, out) -> None:
@@ -2158,17 +2206,28 @@ def peak_gb(device) -> float | None:
 def describe(test: ImageSet, args) -> str:
     """The images that a table speaks of, in words."""
     what = "validation classes of the training split" if args.val_classes else "unseen classes"
-    limited = ", a fixed subset" if args.limit_queries else ""
+    limited = ", a fixed subset" if test.limited else ""
     return f"{args.dataset}: {len(test)} images of {len(test.classes)} {what}{limited}"
 
 
-def results_table(results: dict, robust=None, label=None) -> list[dict]:
-    """Rows {name, clean, attacked} for format_table: a run's rules under one attack.
+def closing_attack(args, protocol="clustering") -> Attack:
+    """The attack of a run's closing evaluation."""
+    return Attack(protocol, eps=args.eval_eps, step_size=args.eval_step_size,
+                  steps=args.eval_steps, seed=args.seed)
 
-    robust: the entries of that attack (default: all of the run).
+
+def entries_of(robust: list[dict], attack: Attack, n_queries=None, amp=False) -> list[dict]:
+    """The entries of results.json that this attack made, one per inference rule."""
+    wanted = {**attack.entry(), "amp": amp}
+    wanted |= {} if n_queries is None else {"n_queries": n_queries}
+    return [entry for entry in robust
+            if all(entry[name] == value for name, value in wanted.items())]
+
+
+def results_table(results: dict, label: str) -> list[dict]:
+    """Rows {name, clean, attacked} for format_table: every rule, under the one attack of `robust`.
     """
-    attacked = {entry["rule"]: entry for entry in (results["robust"] if robust is None else robust)}
-    label = label or results["method"] + (f"-{results['variant']}" if results["variant"] else "")
+    attacked = {entry["rule"]: entry for entry in results["robust"]}
     return [{"name": f"{label} {rule}" if len(results["clean"]["by_rule"]) > 1 else label,
              "clean": clean, "attacked": attacked.get(rule, {})}
             for rule, clean in results["clean"]["by_rule"].items()]

@@ -122,6 +122,9 @@ def parse_args(argv=None):
     args = common.parse_run(parser, argv, run_name, SMALL)
     if args.split and args.members == 1:
         parser.error("--members 1 has nothing to split: add --no-split")
+    if args.images_per_class > args.batch_size:
+        parser.error(f"--images-per-class {args.images_per_class} is more than --batch-size "
+                     f"{args.batch_size}: lower it")
     return args
 
 
@@ -137,6 +140,7 @@ def main(args):
         raise UserError(f"--members {args.members} is more than the {len(train)} training images: "
                         f"lower it")
     checkpoint = common.claim_folder(args)
+    common.check_same_run(checkpoint, "eat", train)
     out = Path(args.out)
     if checkpoint and checkpoint["epoch"] == args.epochs and (out / "results.json").exists():
         print(f"{out} is complete:")
@@ -146,8 +150,9 @@ def main(args):
     members = [build(args, device, i, "none" if checkpoint else args.weights) for i in range(count)]
     proxies = [new_proxies(args, len(train.classes), device, i) for i in range(count)]
     optimizers = [new_optimizer(args, *pair) for pair in zip(members, proxies)]
-    schedulers = [new_scheduler(args, optimizer) for optimizer in optimizers]
-    started, epoch = time.perf_counter(), 0
+    schedulers = [new_scheduler(args.epochs, optimizer) for optimizer in optimizers]
+    plain = build(args, device, 0, args.weights)               # the closing table's first row
+    epoch = 0
     if checkpoint:
         epoch = checkpoint["epoch"]
         for i in range(count):
@@ -155,9 +160,6 @@ def main(args):
             proxies[i].data.copy_(checkpoint["proxies"][i])
             optimizers[i].load_state_dict(checkpoint["optimizers"][i])
             schedulers[i].load_state_dict(checkpoint["schedulers"][i])
-    common.cache_images(train, test, args.cache_gb, args.workers)
-    if not args.dry_run:
-        common.begin_run(args, device, checkpoint)
 
     # One shared batch a step, drawn so large that a member sees batch_size of it; with
     # --own-batches one batch per member, out of the images it trains on.
@@ -171,6 +173,11 @@ def main(args):
     if args.own_batches:
         pools = [rows.nonzero()[:, 0] for rows in sees]
     batches_of(args, train, pools, drawn, 0)                    # an impossible batch fails here
+    if args.dry_run:
+        args.warmup_epochs = args.eps_ramp_epochs = 0           # measure a full step
+    else:
+        common.cache_images([train, test, test.gallery], args.cache_gb, args.workers)
+        common.begin_run(args, device, checkpoint)
     if args.compile:
         for member in members:
             member.compile()
@@ -212,15 +219,16 @@ def main(args):
                 optimizers[i].step()
                 totals += torch.stack([clean, robust])
             seen += sum(len(images) for images, _, _ in step)
+        lr = optimizers[0].param_groups[0]["lr"]
         for scheduler in schedulers:
             scheduler.step()
         epoch += 1
         clean, robust = (totals / (steps * count)).tolist()
-        common.check_finite(clean + robust, epoch, out)
         collapse = common.mean_cosine(common.embed(members[:1], [step[0]])[0])
+        common.check_finite(clean + robust + collapse, epoch, out)
         seconds = time.perf_counter() - epoch_started
         record = {"epoch": epoch, "clean": clean, "adversarial": robust,
-                  "lr": optimizers[0].param_groups[0]["lr"], "seconds": round(seconds, 3),
+                  "lr": lr, "seconds": round(seconds, 3),
                   "images_per_second": round(seen / seconds, 1), "collapse": collapse}
         if args.dry_run:
             print(f"one batch of {tuple(step[0][0].shape)}: clean {clean:.3f}, adversarial "
@@ -232,10 +240,10 @@ def main(args):
         common.save_checkpoint(args, method="eat", epoch=epoch, members=members, proxies=proxies,
                                optimizers=optimizers, schedulers=schedulers, classes=train.classes)
 
+    started = time.perf_counter()
     if args.dry_run:
-        test = common.balanced_subset(test, args.batch_size)
-    plain = build(args, device, 0, args.weights)
-    if not args.dry_run:
+        test = common.balanced_subset(test, max(args.batch_size, 2))
+    else:
         train_plain(args, plain, train, device)
     undefended = evaluate(args, [plain], test, device)
     clean, robust, alerts = evaluate(args, members, test, device)
@@ -267,9 +275,9 @@ def new_optimizer(args, member, proxies):
                              lr=args.lr, weight_decay=args.weight_decay)
 
 
-def new_scheduler(args, optimizer):
+def new_scheduler(epochs, optimizer):
     """lr x 0.1 at half and at three quarters of the epochs."""
-    drops = [drop for drop in (args.epochs // 2, 3 * args.epochs // 4) if drop > 0]
+    drops = [drop for drop in (epochs // 2, 3 * epochs // 4) if drop > 0]
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda epoch: 0.1 ** sum(epoch >= drop for drop in drops))
 
@@ -290,12 +298,15 @@ def batches_of(args, train, pools, drawn, epoch):
 
 
 def train_plain(args, member, train, device):
-    """The closing table's undefended member: Proxy Anchor alone, for --plain-epochs."""
+    """The closing table's undefended member: Proxy Anchor alone, the same recipe otherwise."""
     proxies = new_proxies(args, len(train.classes), device, 0)
     optimizer = new_optimizer(args, member, proxies)
+    scheduler = new_scheduler(args.plain_epochs, optimizer)
     for epoch in range(args.plain_epochs):
         common.train_mode(member, args.freeze_bn)
-        batches = common.shuffled_batches(len(train), args.batch_size, args.seed, epoch)
+        member.amp = args.amp
+        member.backbone.requires_grad_(epoch >= args.warmup_epochs)
+        (batches,) = batches_of(args, train, [torch.arange(len(train))], args.batch_size, epoch)
         for images, labels, _ in load_batches(train, batches, args.seed, epoch,
                                               workers=args.workers, device=device):
             loss = proxy_anchor_loss(member(images), labels, proxies)
@@ -303,28 +314,28 @@ def train_plain(args, member, train, device):
             loss.backward()
             nn.utils.clip_grad_value_([*member.parameters(), proxies], 10)
             optimizer.step()
+        scheduler.step()
 
 
 def evaluate(args, members, test, device):
     """Clean and attacked scores: the clustering protocol, every inference rule, in float32."""
     for member in members:
         member.amp = False
-    settings = common.Attack(eps=args.eval_eps, step_size=args.eval_step_size,
-                             steps=args.eval_steps, seed=args.seed)
-    return common.evaluate_set(members, test, [settings], batch_size=args.batch_size,
-                               workers=args.workers, device=device,
-                               ks=common.KS.get(args.dataset, (1, 2, 4, 8)), seed=args.seed,
-                               limited=bool(args.limit_queries))
+    return common.evaluate_set(members, test, [common.closing_attack(args)], workers=args.workers,
+                               device=device, ks=common.KS.get(args.dataset, (1, 2, 4, 8)),
+                               seed=args.seed)
 
 
 def report(results, test, args):
-    epochs = results["undefended"]["epochs"]
-    label = f"undefended, {epochs} epochs" if epochs else "not trained"
-    rows = common.results_table({**results, **results["undefended"]}, label=label)
-    print(f"\n{common.describe(test, args)}; all attacked together by "
-          f"PGD-{args.eval_steps}, eps {args.eval_eps * 255:.3g}/255; in %, NMI by chance "
+    """The closing table: clean and attacked scores of every rule, an undefended network first."""
+    epochs, attack = results["undefended"]["epochs"], common.closing_attack(args)
+    rows = common.results_table(results["undefended"],
+                                f"undefended, {epochs} epochs" if epochs else "not trained")
+    robust = common.entries_of(results["robust"], attack, results["clean"]["n_queries"])
+    rows += common.results_table({**results, "robust": robust}, run_name(args))
+    print(f"\n{common.describe(test, args)}; {attack}; in %, NMI by chance "
           f"{100 * results['clean']['NMI_chance']:.1f}")
-    print(common.format_table(rows + common.results_table(results)))
+    print(common.format_table(rows))
     for alert in results["warnings"]:
         print(f"warning: {alert}")
 

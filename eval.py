@@ -22,6 +22,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -40,7 +41,8 @@ def evaluate_robustness(embed, images_or_loader, labels=None, *, protocol="clust
     embed: a module or callable from images (B, 3, H, W) in [0, 1] to embeddings (B, D), or a list
     of them (an ensemble: attacked together, scored by every inference rule). Its own normalisation
     belongs inside. Rows that are not unit vectors are normalised, with a warning.
-    images_or_loader: (n, 3, H, W) with labels (n,), or a loader of (images, labels) read once.
+    images_or_loader: (n, 3, H, W) with labels (n,), or a loader of (images, labels), which is read
+    once and kept in memory.
     objective "shift" moves an image away from its clean embedding; "neighbour" (template only) a
     rightly answered query away from its nearest neighbour, Algorithm 1 of Panum et al.; with
     another objective the template protocol attacks every query. eps, step_size (None: eps / 4) in
@@ -54,7 +56,9 @@ def evaluate_robustness(embed, images_or_loader, labels=None, *, protocol="clust
     models = list(embed) if isinstance(embed, (list, tuple, nn.ModuleList)) else [embed]
     modules = [model for model in models if isinstance(model, nn.Module)]
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=cuda), common.eval_mode(*modules):
+    if not models or batch_size < 1 or min(ks, default=0) < 1:
+        raise ValueError("evaluate_robustness needs a model, batch_size >= 1 and ks >= 1")
+    with torch.random.fork_rng(devices=cuda), common.frozen(*modules):
         images, labels = _images_and_labels(images_or_loader, labels)
         if device is None:
             parameters = (parameter for module in modules for parameter in module.parameters())
@@ -74,19 +78,29 @@ def evaluate_robustness(embed, images_or_loader, labels=None, *, protocol="clust
 
         clean, robust, more = common.evaluate(with_unit_rows, batches, labels.to(device),
                                               [settings], ks=ks, seed=seed)
+    for entry in robust:
+        entry["amp"] = any(getattr(model, "amp", False) for model in models)
     return {"clean": clean, "robust": robust, "warnings": alerts + more}
 
 
 def _images_and_labels(images, labels):
     """One tensor of images in [0, 1] and int64 labels, out of either form; checked."""
+    images = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
     if not isinstance(images, torch.Tensor):
         if labels is not None:
             raise ValueError("labels come with a tensor of images; a loader yields its own")
-        images, labels = zip(*images)
+        batches = list(images)
+        if not batches:
+            raise ValueError("the loader is empty: it must yield (images, labels)")
+        images, labels = zip(*batches)
         images, labels = torch.cat(images), torch.cat([torch.as_tensor(part) for part in labels])
     if labels is None:
         raise ValueError("a tensor of images needs labels (n,): only a loader yields its own")
-    labels = torch.as_tensor(labels).to(torch.int64)
+    labels = torch.as_tensor(labels)
+    if labels.is_floating_point() or not images.is_floating_point():
+        raise ValueError(f"images must be floating point in [0, 1] and labels whole numbers, found "
+                         f"{images.dtype} and {labels.dtype}")
+    labels = labels.to(torch.int64)
     if images.dim() != 4 or labels.shape != images.shape[:1] or len(labels) < 2:
         raise ValueError(f"expected images (n, 3, H, W) and labels (n,) with n >= 2, found "
                          f"{tuple(images.shape)} and {tuple(labels.shape)}")
@@ -154,36 +168,44 @@ def parse_args(argv=None):
 
 def main(args):
     for flag, target in (("--json", args.json), ("--table", args.table)):
-        if target and not Path(target).absolute().parent.is_dir():
-            raise UserError(f"{flag} {target}: its folder does not exist; create it")
-    checkpoints = [common.load_checkpoint(run) for run in args.runs]      # all, before any work
+        if target and (not Path(target).absolute().parent.is_dir() or Path(target).is_dir()):
+            raise UserError(f"{flag} {target}: not a file in a folder that exists; create it")
+    runs = [run for run in args.runs if has_checkpoint(run)]
+    checkpoints = [common.load_checkpoint(run) for run in runs]           # all, before any work
+    if not runs:
+        raise UserError("no run has a checkpoint yet: wait for its first epoch")
     device = common.pick_device(args.device, args.deterministic)
     rows, report, attack = [], [], None
-    for run, checkpoint in zip(args.runs, checkpoints):
+    for run, checkpoint in zip(runs, checkpoints):
         flags = argparse.Namespace(**checkpoint["args"])
         attack = common.Attack(args.protocol, args.attack, args.objective, args.eps,
                                args.step_size, args.attack_steps, args.restarts, args.random_start,
                                flags.seed if args.seed is None else args.seed)
         results = stored_results(run, checkpoint)
-        entries = known_entries(results, attack, args)
+        entries = known_entries(results["robust"], attack, args) if results else []
         if entries and not args.overwrite and not args.dry_run:
-            # a subset's clean scores are not stored: only its attacked ones are shown again
-            clean = empty_clean(results["clean"]) if args.limit_queries else results["clean"]
+            clean = results["clean"]
+            if (entries[0]["n_queries"], args.amp, attack.seed) != \
+                    (clean["n_queries"], False, results["seed"]):
+                # the stored clean scores are others: only the attacked ones are shown again
+                clean = {**clean, "by_rule": {rule: {} for rule in clean["by_rule"]}}
             outcome = {"clean": clean, "robust": entries, "warnings": results["warnings"]}
         else:
             outcome = evaluate_run(checkpoint, flags, attack, args, device)
-            if results and not args.dry_run:
+            if results is not None and not args.dry_run:
+                same = common.entries_of(results["robust"], attack,
+                                         outcome["clean"]["n_queries"], args.amp)
                 results["robust"] = [entry for entry in results["robust"]
-                                     if entry not in entries] + outcome["robust"]
+                                     if entry not in same] + outcome["robust"]
                 common.write_atomic(Path(run) / "results.json",
                                     json.dumps(results, indent=1).encode())
         label = Path(run).stem if Path(run).is_file() else Path(run).resolve().name
-        own = common.results_table({**outcome, "method": label, "variant": ""})
+        own = common.results_table(outcome, label)
         undefended = (results or {}).get("undefended")
-        if undefended and known_entries(undefended, attack, args) and not args.limit_queries:
+        if undefended and known_entries(undefended["robust"], attack, args):
             epochs = undefended["epochs"]
             own += common.results_table(
-                undefended, label=f"{label} undefended" if epochs else f"{label} not trained")
+                undefended, f"{label} undefended" if epochs else f"{label} not trained")
         rows += own
         report.append({"run": label, "flags": checkpoint["args"], "rows": own, **outcome})
     limited = f", a fixed subset of {args.limit_queries} images" if args.limit_queries else ""
@@ -210,7 +232,7 @@ def table_content(report, attack):
     for outcome in report:
         flags, seed = outcome["flags"], f"-s{outcome['flags']['seed']}"
         config = json.dumps({name: value for name, value in flags.items()
-                             if name not in ("seed", "out", "device", "workers")})
+                             if name not in ("seed", *common.MOVABLE_FLAGS, *common.CALL_FLAGS)})
         for row in outcome["rows"]:
             name = row["name"].replace(outcome["run"], outcome["run"].removesuffix(seed))
             groups.setdefault((config, name), []).append((flags["seed"], row))
@@ -247,12 +269,21 @@ def table_markdown(content):
                          + ("" if std is None else f" ± {100 * std:.1f}"))
         lines.append("| " + " | ".join(cells) + " |")
     seeds = content["rows"][0]["seeds"]
-    chance = content["rows"][0]["clean"]["NMI_chance"][0]
+    chance = content["rows"][0]["clean"].get("NMI_chance")
     title = (f"{content['title']}; {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
-             f"{', mean ± std' if len(seeds) > 1 else ''}; NMI by chance {100 * chance:.1f}. "
+             f"{', mean ± std' if len(seeds) > 1 else ''}"
+             f"{f'; NMI by chance {100 * chance[0]:.1f}' if chance else ''}. "
              f"Made by `{content['command']}`.")
     return "\n".join([title, "", *lines, *(f"\nWarning: {alert}" for alert in content["warnings"])]
                      ) + "\n"
+
+
+def has_checkpoint(run):
+    """False, said in a line, for a run's folder that has not saved its first epoch."""
+    if (Path(run) / "args.json").exists() and not (Path(run) / "last.pt").exists():
+        print(f"{run}: no checkpoint yet, left out")
+        return False
+    return True
 
 
 def stored_results(run, checkpoint):
@@ -267,25 +298,22 @@ def stored_results(run, checkpoint):
     return common.read_json(path) if path.exists() else None
 
 
-def known_entries(results, attack, args):
-    """The entries of results.json with just these parameters, one per inference rule."""
-    wanted = {**attack.entry(), "amp": args.amp, "limited": bool(args.limit_queries)}
-    return [entry for entry in (results or {"robust": []})["robust"]
-            if all(entry[name] == value for name, value in wanted.items())
-            and (not args.limit_queries or entry["n_queries"] == args.limit_queries)]
-
-
-def empty_clean(clean):
-    return {**clean, "by_rule": {rule: {} for rule in clean["by_rule"]}}
+def known_entries(robust, attack, args):
+    """Stored entries with just these parameters, one per inference rule."""
+    limit = args.limit_queries
+    return [entry for entry in common.entries_of(robust, attack, amp=args.amp)
+            if (entry["n_queries"] == limit if entry["limited"]
+                else not limit or entry["n_queries"] <= limit)]
 
 
 def evaluate_run(checkpoint, flags, attack, args, device):
     """{"clean", "robust", "warnings"} of a run's members on the images it reports on."""
     if args.data_root is not None:
         flags.data_root = args.data_root
-    flags.limit_queries = args.batch_size if args.dry_run else args.limit_queries
+    flags.limit_queries = max(args.batch_size, 2) if args.dry_run else args.limit_queries
     train, test = common.load_run_data(flags)
-    common.cache_images(test, test, args.cache_gb, args.workers)
+    if not args.dry_run:
+        common.cache_images([test, test.gallery], args.cache_gb, args.workers)
     members = common.build_members(checkpoint, device)
     for member in members:
         member.amp = args.amp
@@ -294,8 +322,7 @@ def evaluate_run(checkpoint, flags, attack, args, device):
           f"{passes:,} passes", flush=True)
     clean, robust, alerts = common.evaluate_set(
         members, test, [attack], batch_size=args.batch_size, workers=args.workers, device=device,
-        ks=common.KS.get(flags.dataset, (1, 2, 4, 8)), seed=attack.seed,
-        limited=bool(flags.limit_queries))
+        ks=common.KS.get(flags.dataset, (1, 2, 4, 8)), seed=attack.seed)
     return {"clean": clean, "robust": robust, "warnings": alerts}
 
 

@@ -1,0 +1,890 @@
+"""eat.py and eval.py from end to end on 48 tiny pictures: files, resume, errors, exit codes.
+
+Most tests run a script inside this process. Those that kill or interrupt a run start it with
+`start`, in a process forked from a server that has imported torch already: an import takes seconds.
+"""
+
+import errno
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import common
+import eat
+import eval as evaluator
+
+ROOT = Path(__file__).resolve().parent.parent
+OUR_FILES = {"args.json", "log.jsonl", "last.pt", "results.json"}
+METRICS = {"R@1", "R@2", "R@4", "R@8", "mAP@R", "NMI", "AMI", "F1"}
+RULES = {"vote", "member_mean", "concat", "mean", "member_1", "member_2"}
+
+
+# ---- helpers
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Six classes of eight 32 x 32 pictures; "folder" trains on the first three classes."""
+    root = tmp_path_factory.mktemp("pictures")
+    generator = torch.Generator().manual_seed(0)
+    ramp = torch.arange(32) / 31
+    for label in range(6):
+        folder = root / f"class{label}"
+        folder.mkdir()
+        stripes = torch.stack([ramp, ramp.flip(0), (ramp * (label + 2) * 4).sin().abs()])
+        pattern = stripes.roll(label, 0)[:, None, :].expand(3, 32, 32)
+        for i in range(8):
+            image = (pattern + 0.3 * torch.rand(3, 32, 32, generator=generator)).clamp(0, 1)
+            pixels = (image * 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+def flags(pictures, out, *more):
+    """The flags of a tiny run; argparse takes the last value of a flag given twice."""
+    return ["--dataset", "folder", "--data-root", str(pictures), "--out", str(out),
+            "--arch", "convnet", "--weights", "none", "--image-size", "32", "--epochs", "4",
+            "--batch-size", "6", "--attack-steps", "1", "--eval-steps", "1", "--members", "2",
+            "--embedding-dim", "8", "--plain-epochs", "0", "--workers", "0", "--device", "cpu",
+            *more]
+
+
+def train(*arguments):
+    eat.main(eat.parse_args([str(argument) for argument in arguments]))
+
+
+def resume(out, *more):
+    train("--resume", "--out", out, *more)
+
+
+def evaluate(*arguments):
+    evaluator.main(evaluator.parse_args([str(argument) for argument in arguments]))
+
+
+def saved(out):
+    return torch.load(Path(out) / "last.pt")
+
+
+def stored(out):
+    return json.loads((Path(out) / "results.json").read_text())
+
+
+def log(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def contents(folder):
+    """{name: bytes} of every file under a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+def same_bits(first, second):
+    """Whether two nests of dicts and lists hold the same tensors and values, bit for bit."""
+    if isinstance(first, torch.Tensor):
+        return first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same_bits(first[k], second[k]) for k in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(same_bits, first, second))
+    return first == second
+
+
+def same_training(first, second):
+    """Whether two runs ended with the same networks, proxies, optimisers and schedulers."""
+    parts = ("epoch", "members", "proxies", "optimizers", "schedulers", "state", "classes")
+    first, second = saved(first), saved(second)
+    return all(same_bits(first[part], second[part]) for part in parts)
+
+
+def without_seconds(results):
+    """The scores of results.json: all that does not depend on the clock or the machine's load."""
+    robust = [{k: v for k, v in entry.items() if k != "seconds"} for entry in results["robust"]]
+    return {"clean": results["clean"], "robust": robust, "warnings": results["warnings"]}
+
+
+def interrupt_after(monkeypatch, epochs):
+    """Let the training be interrupted right after the checkpoint of this epoch (0: before any)."""
+    save = common.save_checkpoint
+
+    def save_and_stop(args, **content):
+        if epochs:
+            save(args, **content)
+        if content["epoch"] >= epochs:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "save_checkpoint", save_and_stop)
+
+
+def must_not_run(*_, **__):
+    raise AssertionError("this must not be computed again")
+
+
+@pytest.fixture(scope="session")
+def finished_run(pictures, tmp_path_factory):
+    """A complete run; tests read it and must not change it."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    train(*flags(pictures, out))
+    return out
+
+
+@pytest.fixture(scope="session")
+def stopped_run(pictures, tmp_path_factory):
+    """The same run, interrupted after two of its four epochs; not to be changed either."""
+    out = tmp_path_factory.mktemp("runs") / "stopped"
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(monkeypatch, 2)
+        train(*flags(pictures, out))
+    return out
+
+
+@pytest.fixture(scope="session")
+def long_run(pictures, tmp_path_factory):
+    """A complete run of twelve epochs: what a killed one must end like."""
+    out = tmp_path_factory.mktemp("runs") / "long"
+    train(*flags(pictures, out, "--epochs", "12"))
+    return out
+
+
+@pytest.fixture
+def finished(finished_run, tmp_path):
+    return shutil.copytree(finished_run, tmp_path / "finished")
+
+
+@pytest.fixture
+def stopped(stopped_run, tmp_path):
+    return shutil.copytree(stopped_run, tmp_path / "stopped")
+
+
+@pytest.fixture
+def fails(capsys, monkeypatch):
+    """fails(code, words, script, flags...): exit code and one line on stderr with these words."""
+    def check(code, words, script, *arguments):
+        monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)   # restored later
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            common.run_script(lambda: script.parse_args([str(a) for a in arguments]), script.main)
+        error = capsys.readouterr().err
+        assert stop.value.code == code, error
+        assert error.count("\n") == 1 and error.endswith("\n") and "error: " in error, error
+        for word in words:
+            assert word in error, error
+    return check
+
+
+def in_child(script, arguments, folder, file_limit):
+    """What `start` runs: a script as on a command line; stdout and stderr go to files."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout = open(Path(folder) / "stdout", "w", buffering=1)
+    sys.stderr = open(Path(folder) / "stderr", "w", buffering=1)
+    if file_limit:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    sys.argv = [f"{script}.py", *map(str, arguments)]
+    module = {"eat": eat, "eval": evaluator}[script]
+    common.run_script(module.parse_args, module.main)
+
+
+def start(script, arguments, folder, file_limit=None):
+    """A script in a process of its own. file_limit: no file can grow beyond so many bytes."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["torch", "torchvision", "pytest"])
+    folder.mkdir(exist_ok=True)
+    process = server.Process(target=in_child, args=(script, arguments, folder, file_limit))
+    process.start()
+    return process
+
+
+def wait_for_log_lines(process, out, count):
+    """Until log.jsonl has so many lines; the process must still be running then."""
+    for _ in range(6000):
+        if process.exitcode is None and (out / "log.jsonl").exists() and \
+                (out / "log.jsonl").read_bytes().count(b"\n") >= count:
+            return
+        assert process.exitcode is None, "the run ended too early"
+        time.sleep(0.005)
+    raise AssertionError("the run logs nothing")
+
+
+# ---- (1) a run's folder
+
+def test_a_run_writes_four_files_and_nothing_else(finished_run):
+    assert set(contents(finished_run)) == OUR_FILES
+
+
+def test_args_json_has_every_flag_and_where_it_ran(finished_run, pictures):
+    record = json.loads((finished_run / "args.json").read_text())
+    for name, value in vars(eat.parse_args(flags(pictures, finished_run))).items():
+        assert record[name] == value, name
+    assert {"versions", "commit", "dirty", "device", "threads"} <= set(record)
+    assert {"python", "torch", "torchvision", "numpy"} <= set(record["versions"])
+
+
+def test_log_jsonl_has_one_object_per_epoch(finished_run):
+    lines = log(finished_run)
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        assert set(line) == {"epoch", "clean", "adversarial", "lr", "seconds", "images_per_second",
+                             "collapse"}
+        assert line["clean"] > 0 and line["adversarial"] > 0 and line["lr"] > 0
+        assert line["seconds"] > 0 and line["images_per_second"] > 0 and -1 <= line["collapse"] <= 1
+
+
+def test_log_jsonl_has_the_learning_rate_of_that_epoch(finished_run):
+    rates = [line["lr"] for line in log(finished_run)]   # x 0.1 after half and three quarters
+    assert rates == pytest.approx([1e-4, 1e-4, 1e-5, 1e-6])
+
+
+def test_last_pt_has_the_documented_keys(finished_run):
+    checkpoint = saved(finished_run)
+    assert set(checkpoint) == {"format", "method", "args", "epoch", "members", "proxies",
+                               "optimizers", "schedulers", "state", "classes", "versions"}
+    assert checkpoint["method"] == "eat" and checkpoint["epoch"] == 4
+    assert checkpoint["classes"] == ["class0", "class1", "class2"]
+    for part in ("members", "proxies", "optimizers", "schedulers"):
+        assert len(checkpoint[part]) == 2, part
+    assert checkpoint["proxies"][0].shape == (3, 8)
+
+
+def test_last_pt_loads_where_the_project_is_unknown(finished_run, tmp_path):
+    code = ("import importlib.util, sys, torch\n"
+            "assert importlib.util.find_spec('common') is None\n"
+            "print(torch.load(sys.argv[1])['epoch'])")
+    done = subprocess.run([sys.executable, "-I", "-c", code, str(finished_run / "last.pt")],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "4\n", done.stderr
+
+
+def test_results_json_has_the_documented_keys(finished_run):
+    results = stored(finished_run)
+    assert {"schema", "method", "variant", "dataset", "arch", "embedding_dim", "image_size", "amp",
+            "seed", "epoch", "clean", "robust", "warnings", "seconds", "peak_gb",
+            "env"} <= set(results)
+    assert (results["method"], results["variant"], results["epoch"]) == ("eat", "", 4)
+    assert (results["arch"], results["embedding_dim"], results["image_size"]) == ("convnet", 8, 32)
+    scores = METRICS | {"NMI_chance", "n_queries", "n_singletons"}
+    assert results["clean"]["rule"] == "vote" and scores <= set(results["clean"])
+    assert set(results["clean"]["by_rule"]) == RULES
+    for by_rule in results["clean"]["by_rule"].values():
+        assert scores <= set(by_rule) and by_rule["n_queries"] == 24
+    assert {entry["rule"] for entry in results["robust"]} == RULES
+    for entry in results["robust"]:
+        assert {"protocol", "rule", "attack", "objective", "norm", "eps", "eps_255", "step",
+                "step_255", "steps", "restarts", "random_start", "seed", "n_queries", "limited",
+                "seconds"} | scores <= set(entry)
+        assert entry["protocol"] == "clustering" and entry["steps"] == 1
+        assert entry["eps_255"] == pytest.approx(8) and entry["step_255"] == pytest.approx(2)
+        assert entry["limited"] is False
+
+
+def test_scores_are_fractions_not_percent(finished_run):
+    results = stored(finished_run)
+    for scores in [*results["clean"]["by_rule"].values(), *results["robust"]]:
+        for name in METRICS:                     # AMI is adjusted for chance: it may be below 0
+            assert (-1 if name == "AMI" else 0) <= scores[name] <= 1 + 1e-9, name
+
+
+def test_the_closing_table_names_the_undefended_row_and_every_rule(pictures, tmp_path, capsys):
+    train(*flags(pictures, tmp_path / "run", "--epochs", "1"))
+    table = capsys.readouterr().out
+    for words in ("not trained", "vote", "member_mean", "concat", "member_2", "mAP@R", "NMI"):
+        assert words in table
+
+
+# ---- (2) killed and resumed
+
+@pytest.mark.parametrize("delay", [0, 0.13])
+def test_a_run_killed_in_training_and_resumed_ends_bit_for_bit_the_same(delay, long_run, pictures,
+                                                                        tmp_path):
+    killed = tmp_path / "killed"
+    process = start("eat", flags(pictures, killed, "--epochs", "12"), tmp_path / "output")
+    wait_for_log_lines(process, killed, 2)
+    time.sleep(delay)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not (killed / "results.json").exists()
+    resume(killed)
+    assert same_training(long_run, killed)
+    assert without_seconds(stored(long_run)) == without_seconds(stored(killed))
+
+
+def test_a_run_killed_before_its_results_only_evaluates_again(finished, monkeypatch):
+    before, checkpoint = stored(finished), (finished / "last.pt").read_bytes()
+    (finished / "results.json").unlink()
+    monkeypatch.setattr(eat, "member_loss", must_not_run)
+    resume(finished)
+    assert without_seconds(stored(finished)) == without_seconds(before)
+    assert (finished / "last.pt").read_bytes() == checkpoint
+
+
+def test_resuming_a_complete_run_prints_its_table_and_changes_nothing(finished, capsys,
+                                                                      monkeypatch):
+    monkeypatch.setattr(common, "evaluate_set", must_not_run)
+    before = contents(finished)
+    resume(finished)                             # no SystemExit: exit code 0
+    assert "eat vote" in capsys.readouterr().out
+    assert contents(finished) == before
+
+
+def test_log_lines_after_the_checkpoint_are_dropped(stopped, finished_run):
+    with open(stopped / "log.jsonl", "a") as file:
+        file.write(json.dumps({**log(stopped)[-1], "epoch": 3, "clean": -1.0}) + "\n")
+        file.write('{"epoch": 4, "cle')
+    resume(stopped)
+    assert same_training(stopped, finished_run)
+    clock = ("seconds", "images_per_second")
+    kept = [[{k: v for k, v in line.items() if k not in clock} for line in log(out)]
+            for out in (stopped, finished_run)]
+    assert kept[0] == kept[1]
+
+
+def test_a_run_killed_before_its_first_checkpoint_takes_its_flags_from_args_json(
+        pictures, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        interrupt_after(patch, 0)
+        train(*flags(pictures, out, "--epochs", "1", "--beta", "0.25"))
+    assert not (out / "last.pt").exists()
+    resume(out)
+    assert saved(out)["args"]["beta"] == 0.25 and [line["epoch"] for line in log(out)] == [1]
+
+
+# ---- (3) flags beside --resume
+
+@pytest.mark.parametrize("flag, given, kept", [
+    ("--lr", "0.5", "0.0001"), ("--members", "3", "2"), ("--epochs", "9", "4"),
+    ("--attack-loss", "pal-label", "shift"), ("--seed", "1", "0"), ("--no-split", "False", "True")])
+def test_resume_with_another_value_names_both(flag, given, kept, stopped, fails):
+    before = contents(stopped)
+    value = [] if flag == "--no-split" else [given]
+    fails(2, [flag.replace("no-", ""), given, kept], eat, "--resume", "--out", stopped, flag,
+          *value)
+    assert contents(stopped) == before
+
+
+def test_resume_with_the_same_flags_and_another_machine_is_fine(stopped, finished_run, pictures):
+    resume(stopped, *flags(pictures, stopped, "--workers", "1", "--device", "auto"))
+    if not torch.cuda.is_available() and not torch.backends.mps.is_available():
+        assert same_training(stopped, finished_run)
+
+
+def test_resume_works_in_a_folder_that_was_moved(stopped, finished_run, tmp_path):
+    moved = stopped.rename(tmp_path / "moved")
+    resume(moved)
+    assert same_training(moved, finished_run) and not stopped.exists()
+
+
+def test_resume_together_with_overwrite_is_refused(stopped, fails):
+    before = contents(stopped)
+    fails(2, ["--resume", "--overwrite"], eat, "--out", stopped, "--resume", "--overwrite")
+    assert contents(stopped) == before
+
+
+def test_resume_without_any_run_starts_at_the_beginning(pictures, tmp_path):
+    resume(tmp_path / "new", *flags(pictures, tmp_path / "new", "--epochs", "1"))
+    assert [line["epoch"] for line in log(tmp_path / "new")] == [1]
+
+
+# ---- (4) a folder that holds a run
+
+@pytest.mark.parametrize("kept", ["args.json", "last.pt"])
+def test_a_second_run_in_the_same_folder_is_refused(kept, finished, pictures, fails):
+    for name in OUR_FILES - {kept}:
+        (finished / name).unlink()
+    before = contents(finished)
+    fails(2, ["--resume", "--overwrite", "--out"], eat, *flags(pictures, finished))
+    assert contents(finished) == before
+
+
+def test_overwrite_replaces_only_our_four_files(finished, pictures):
+    (finished / "notes.txt").write_text("mine")
+    (finished / "figures").mkdir()
+    (finished / "figures" / "one.png").write_bytes(b"mine too")
+    before = contents(finished)
+    train(*flags(pictures, finished, "--overwrite", "--seed", "1", "--epochs", "2"))
+    after = contents(finished)
+    assert set(after) == set(before)
+    assert {name for name in before if after[name] != before[name]} == OUR_FILES
+    assert [line["epoch"] for line in log(finished)] == [1, 2] and stored(finished)["seed"] == 1
+
+
+def test_overwrite_keeps_the_old_checkpoint_until_the_first_new_one(finished, pictures,
+                                                                    monkeypatch):
+    old = (finished / "last.pt").read_bytes()
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        interrupt_after(patch, 0)
+        train(*flags(pictures, finished, "--overwrite", "--seed", "1", "--epochs", "2"))
+    assert (finished / "last.pt").read_bytes() == old and saved(finished)["epoch"] == 4
+    resume(finished)                             # the new run, from its beginning
+    assert [line["epoch"] for line in log(finished)] == [1, 2]
+    assert saved(finished)["args"]["seed"] == 1 and saved(finished)["epoch"] == 2
+    fresh = finished.with_name("fresh")
+    train(*flags(pictures, fresh, "--seed", "1", "--epochs", "2"))
+    assert same_training(finished, fresh)
+
+
+def test_an_overwritten_run_is_not_continued_even_with_the_same_flags(finished, pictures,
+                                                                      monkeypatch):
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        interrupt_after(patch, 0)
+        train(*flags(pictures, finished, "--overwrite"))
+    resume(finished)
+    assert [line["epoch"] for line in log(finished)] == [1, 2, 3, 4]
+
+
+# ---- (5) interrupted
+
+def test_ctrl_c_exits_with_130_and_leaves_a_complete_checkpoint(pictures, tmp_path):
+    out = tmp_path / "run"
+    process = start("eat", flags(pictures, out, "--epochs", "200"), tmp_path / "output")
+    wait_for_log_lines(process, out, 2)          # epoch 1 is saved, epoch 2 perhaps
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 130
+    assert (tmp_path / "output" / "stderr").read_text() == "interrupted\n"
+    assert 1 <= saved(out)["epoch"] <= len(log(out)) < 200
+
+
+# ---- (6) workers
+
+@pytest.mark.parametrize("cache_gb", ["4", "0"])
+def test_results_do_not_depend_on_the_workers(cache_gb, pictures, tmp_path):
+    for workers in ("0", "2"):
+        train(*flags(pictures, tmp_path / workers, "--epochs", "1", "--workers", workers,
+                     "--cache-gb", cache_gb))
+    assert same_training(tmp_path / "0", tmp_path / "2")
+    assert without_seconds(stored(tmp_path / "0")) == without_seconds(stored(tmp_path / "2"))
+
+
+# ---- (7) every option runs
+
+@pytest.mark.parametrize("options", [
+    "--members 1 --no-split", "--no-split", "--own-batches", "--own-batches --no-split",
+    "--attack-loss pal-pseudo", "--attack-loss pal-label", "--attack-loss pal-batch",
+    "--val-classes 1", "--batch-size 3 --images-per-class 2", "--eps-ramp-epochs 2",
+    "--plain-epochs 1", "--attack-steps 0", "--beta 1", "--eps 0", "--amp"])
+def test_every_option_runs(options, pictures, tmp_path):
+    train(*flags(pictures, tmp_path / "run", "--epochs", "1", *options.split()))
+    results = stored(tmp_path / "run")
+    assert results["epoch"] == 1
+    assert results["clean"]["n_queries"] == (8 if "--val-classes" in options else 24)
+    assert results["variant"] == ("nosplit" if "--no-split" in options else "")
+    assert results["undefended"]["epochs"] == (1 if "--plain-epochs" in options else 0)
+    if "--members 1" in options:
+        assert set(results["clean"]["by_rule"]) == {"member_1"}
+        assert results["clean"]["rule"] == "member_1"
+
+
+def test_one_member_cannot_be_split(pictures, tmp_path, fails):
+    fails(2, ["--members 1", "--no-split"], eat, *flags(pictures, tmp_path / "x", "--members", "1"))
+
+
+def test_the_default_folder_is_named_after_the_variant():
+    assert eat.parse_args([]).out == "runs/eat-glyphs-convnet-s0"
+    assert eat.parse_args(["--no-split", "--seed", "3"]).out == "runs/eat-nosplit-glyphs-convnet-s3"
+
+
+def test_eval_every_logs_scores_and_does_not_change_the_training(pictures, tmp_path, finished_run):
+    train(*flags(pictures, tmp_path / "run", "--eval-every", "2"))
+    extra = {"clean_R@1", "clean_mAP@R", "robust_R@1", "robust_mAP@R"}
+    assert [extra <= set(line) for line in log(tmp_path / "run")] == [False, True, False, True]
+    assert same_training(tmp_path / "run", finished_run)
+
+
+def test_limited_queries_are_marked(pictures, tmp_path):
+    train(*flags(pictures, tmp_path / "run", "--epochs", "1", "--limit-queries", "10"))
+    for entry in stored(tmp_path / "run")["robust"]:
+        assert entry["limited"] is True and entry["n_queries"] == 10
+
+
+def test_a_dry_run_prints_shapes_and_writes_nothing(pictures, tmp_path, capsys):
+    train(*flags(pictures, tmp_path / "run", "--dry-run"))
+    assert "(12, 3, 32, 32)" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_leaves_a_run_that_is_there_alone(finished, pictures):
+    before = contents(finished)
+    train(*flags(pictures, finished, "--dry-run"))
+    assert contents(finished) == before
+
+
+def test_tensorboard_gets_the_scalars(pictures, tmp_path):
+    pytest.importorskip("tensorboard")
+    train(*flags(pictures, tmp_path / "run", "--epochs", "1", "--tensorboard"))
+    assert any("tfevents" in name for name in contents(tmp_path / "run"))
+
+
+# ---- (8) user errors: one line, exit code 2, nothing written
+
+@pytest.mark.parametrize("bad, words", [
+    ("--eps 8", "8/255"), ("--eps -1", "-1"), ("--eps 8/0", "8/0"), ("--eps nan", "nan"),
+    ("--eps inf", "inf"), ("--eval-eps 8", "8/255"), ("--step-size 2", "2/255"),
+    ("--attack-steps -1", "-1"), ("--attack-steps 1.5", "1.5"), ("--dataset nope", "nope"),
+    ("--arch nope", "nope"), ("--batch-size 100000", "100000"), ("--batch-size 0", "0"),
+    ("--embedding-dim 0", "0"), ("--members 0", "0"), ("--members 25", "25"), ("--beta 1.1", "1.1"),
+    ("--lr -1", "-1"), ("--lr nan", "nan"), ("--seed -1", "-1"), ("--device nope", "nope"),
+    ("--epoch 3", "--epoch"), ("--att 1", "--att"), ("--epochs", "--epochs"),
+    ("--val-classes 3", "--val-classes 3"), ("--images-per-class 9", "9"),
+    ("--images-per-class 13", "13"), ("--limit-queries 1", "1"),
+    ("--attack-loss nope", "nope"), ("--data-root nowhere", "nowhere"),
+    ("--arch resnet18 --weights nowhere.pth", "nowhere.pth"), ("--arch convnet --weights imagenet",
+                                                               "convnet")])
+def test_a_bad_value_is_one_line_and_nothing_is_written(bad, words, pictures, tmp_path, fails):
+    fails(2, [words], eat, *flags(pictures, tmp_path / "run", *bad.split()))
+    assert not contents(tmp_path), "a refused run leaves nothing behind"
+
+
+def test_a_missing_gpu_is_one_line(pictures, tmp_path, fails):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    fails(2, ["cuda:7", "--device cpu"], eat, *flags(pictures, tmp_path / "run",
+                                                     "--device", "cuda:7"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", ["other architecture", "web page", "noise", "list", "run"])
+def test_weights_that_are_none_are_one_line(content, pictures, tmp_path, finished_run, fails):
+    path = tmp_path / "weights.pth"
+    if content == "other architecture":
+        torch.save(common.build_model("convnet").backbone.state_dict(), path)
+    elif content == "list":
+        torch.save([torch.zeros(2)], path)
+    elif content == "run":
+        shutil.copy(finished_run / "last.pt", path)
+    else:
+        path.write_bytes(b"<!DOCTYPE html>" if content == "web page" else os.urandom(500))
+    fails(2, ["weights.pth"], eat, *flags(pictures, tmp_path / "run", "--arch", "resnet18",
+                                          "--weights", str(path)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_truncated_checkpoint_is_one_line(stopped, fails):
+    whole = (stopped / "last.pt").read_bytes()
+    for length in (0, 100, len(whole) // 2):
+        (stopped / "last.pt").write_bytes(whole[:length])
+        before = contents(stopped)
+        fails(2, ["last.pt"], eat, "--resume", "--out", stopped)
+        fails(2, ["last.pt"], evaluator, stopped)
+        assert contents(stopped) == before
+
+
+def test_a_damaged_args_json_is_one_line(stopped, fails):
+    (stopped / "last.pt").unlink()                   # else the flags come from there
+    (stopped / "args.json").write_text('{"seed": ')
+    fails(2, ["args.json"], eat, "--resume", "--out", stopped)
+
+
+def test_out_that_is_a_file_is_one_line(pictures, tmp_path, fails):
+    (tmp_path / "file").write_text("mine")
+    fails(2, ["file", "--out"], eat, *flags(pictures, tmp_path / "file"))
+    fails(2, ["file", "--out"], eat, *flags(pictures, tmp_path / "file" / "run"))
+    assert contents(tmp_path) == {"file": b"mine"}
+
+
+def test_a_damaged_picture_is_one_line_that_names_it(pictures, tmp_path, fails):
+    broken = shutil.copytree(pictures, tmp_path / "pictures") / "class1" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    fails(2, [str(broken)], eat, *flags(tmp_path / "pictures", tmp_path / "run"))
+
+
+# ---- (9) a full disk
+
+def test_a_full_disk_while_saving_keeps_the_last_good_checkpoint(stopped, tmp_path):
+    before = saved(stopped)
+    output = tmp_path / "output"
+    process = start("eat", ["--resume", "--out", stopped], output, file_limit=20_000)
+    process.join()
+    error = (output / "stderr").read_text()
+    assert process.exitcode == 1, error
+    assert error.count("\n") == 1 and str(stopped / "last.pt") in error
+    assert same_bits(saved(stopped), before) and set(contents(stopped)) == OUR_FILES - \
+        {"results.json"}
+
+
+@pytest.mark.parametrize("name", ["last.pt", "results.json", "args.json"])
+def test_no_space_left_is_one_line(name, pictures, tmp_path, monkeypatch, fails):
+    replace = os.replace
+
+    def full(source, target):
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    good = "last.pt" if name == "results.json" else "none"
+    fails(1, [name, "No space left", f"{good}"], eat,
+          *flags(pictures, tmp_path / "run", "--epochs", "1"))
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    assert name == "results.json" or not (tmp_path / "run" / "last.pt").exists()
+
+
+# ---- (10) two files are enough
+
+def test_eat_and_common_alone_run_to_the_end(pictures, tmp_path):
+    for name in ("eat.py", "common.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "eat.py", *flags(pictures, "run", "--epochs", "1")], cwd=tmp_path,
+        capture_output=True, text=True, env={**environment, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert set(contents(tmp_path / "run")) == OUR_FILES and "eat vote" in done.stdout
+
+
+# ---- (11) eval.py
+
+def test_eval_adds_entries_once_and_reads_them_back(finished, capsys, monkeypatch):
+    before, checkpoint = stored(finished), (finished / "last.pt").read_bytes()
+    command = [finished, "--protocol", "template", "--attack-steps", "1", "--workers", "0"]
+    evaluate(*command)
+    shown = capsys.readouterr().out.splitlines()[-8:]
+    added = stored(finished)["robust"]
+    assert added[:6] == before["robust"] and len(added) == 12
+    assert {entry["rule"] for entry in added[6:]} == RULES
+    for entry in added[6:]:
+        assert entry["protocol"] == "template" and entry["objective"] == "neighbour"
+        assert entry["eps"] == 0.01 and entry["NMI"] is None
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "evaluate_set", must_not_run)
+        evaluate(*command)
+        assert stored(finished)["robust"] == added
+        assert capsys.readouterr().out.splitlines()[-8:] == shown
+        with pytest.raises(AssertionError):      # other parameters: another entry
+            evaluate(*command, "--eps", "0.02")
+        with pytest.raises(AssertionError):
+            evaluate(*command, "--overwrite")
+    evaluate(*command, "--overwrite")
+    after = stored(finished)
+    assert without_seconds(after)["robust"] == without_seconds({**after, "robust": added})["robust"]
+    assert {k: v for k, v in after.items() if k != "robust"} == \
+        {k: v for k, v in before.items() if k != "robust"}
+    assert (finished / "last.pt").read_bytes() == checkpoint
+
+
+def test_eval_agrees_with_the_closing_evaluation(finished, pictures):
+    closing = stored(finished)["robust"]
+    evaluate(finished, "--overwrite", "--attack-steps", "1", "--eps", "8/255", "--step-size",
+             "2/255", "--workers", "0", "--data-root", pictures)
+    again = stored(finished)["robust"]
+    assert len(again) == len(closing)
+    for first, second in zip(closing, again):
+        for name in METRICS:
+            assert second[name] == pytest.approx(first[name], abs=1e-9), name
+
+
+def test_eval_shows_two_runs_in_one_table(finished, tmp_path, capsys):
+    other = shutil.copytree(finished, tmp_path / "other")
+    evaluate(finished, other, "--attack-steps", "1", "--workers", "0")
+    output = capsys.readouterr().out
+    assert "finished vote" in output and "other vote" in output
+    assert output.count("mAP@R") == 2            # one header: clean and attacked
+
+
+def test_eval_of_a_bare_checkpoint_only_prints(finished, tmp_path, capsys):
+    bare = shutil.copy(finished / "last.pt", tmp_path / "model.pt")
+    before = contents(tmp_path)
+    evaluate(bare, "--attack-steps", "1", "--workers", "0")
+    evaluate(finished / "last.pt", "--attack-steps", "1", "--workers", "0")
+    assert "model vote" in capsys.readouterr().out
+    assert contents(tmp_path) == before
+
+
+def test_eval_writes_json(finished, tmp_path, fails):
+    evaluate(finished, "--attack-steps", "1", "--workers", "0", "--json", tmp_path / "all.json")
+    content = json.loads((tmp_path / "all.json").read_text())
+    assert content[0]["run"] == "finished" and len(content[0]["robust"]) == 6
+    fails(2, ["--json"], evaluator, finished, "--json", tmp_path / "no" / "all.json")
+
+
+def test_eval_of_a_dry_run_writes_nothing(finished):
+    before = contents(finished)
+    evaluate(finished, "--attack-steps", "2", "--workers", "0", "--dry-run")
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize("options, expected", [
+    ("--attack fgsm", {"attack": "fgsm", "steps": 1}),
+    ("--attack fgsm --protocol template", {"attack": "fgsm", "random_start": False}),
+    ("--restarts 2 --attack-steps 1", {"restarts": 2}),
+    ("--eps 4/255 --attack-steps 2", {"steps": 2, "eps": 4 / 255, "step": 1 / 255}),
+    ("--protocol template --objective shift --attack-steps 1", {"objective": "shift"}),
+    ("--limit-queries 10 --attack-steps 1", {"limited": True, "n_queries": 10}),
+    ("--amp --attack-steps 1", {"amp": True}), ("--seed 5 --attack-steps 1", {"seed": 5})])
+def test_eval_options_stand_in_the_entries(options, expected, finished, monkeypatch):
+    clean = stored(finished)["clean"]
+    evaluate(finished, "--workers", "0", *options.split())
+    results = stored(finished)
+    assert len(results["robust"]) == 12 and results["clean"] == clean
+    for entry in results["robust"][6:]:
+        for name, value in expected.items():
+            assert entry[name] == pytest.approx(value) if name in ("eps", "step") else \
+                entry[name] == value, name
+    monkeypatch.setattr(common, "evaluate_set", must_not_run)
+    evaluate(finished, "--workers", "0", *options.split())
+
+
+def test_eval_of_more_queries_than_there_are_adds_its_entries_once(finished):
+    for _ in range(2):
+        evaluate(finished, "--workers", "0", "--attack-steps", "2", "--limit-queries", "100")
+    assert len(stored(finished)["robust"]) == 12
+
+
+def test_eval_of_an_unfinished_run_stores_nothing(stopped, capsys):
+    before = contents(stopped)
+    evaluate(stopped, "--attack-steps", "1", "--workers", "0")
+    assert "2 of 4 epochs" in capsys.readouterr().out
+    assert contents(stopped) == before
+
+
+@pytest.mark.parametrize("bad, words", [
+    ("--objective shift --no-random-start", "random start"), ("--objective neighbour", "template"),
+    ("--eps 8", "8/255"), ("--attack-steps -1", "-1"), ("--restarts 0", "0"),
+    ("--rest 2", "--rest"), ("--protocol nope", "nope"), ("--device nope", "nope"),
+    ("--data-root nowhere", "nowhere")])
+def test_a_bad_value_for_eval_is_one_line(bad, words, finished, fails):
+    before = contents(finished)
+    fails(2, [words], evaluator, finished, *bad.split())
+    assert contents(finished) == before
+
+
+def test_eval_of_something_else_is_one_line(tmp_path, fails):
+    fails(2, ["nowhere"], evaluator, tmp_path / "nowhere")
+    fails(2, ["last.pt"], evaluator, tmp_path)
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
+    fails(2, ["other.pt"], evaluator, tmp_path / "other.pt")
+
+
+def test_load_model_gives_the_members_in_eval_mode(finished_run):
+    members = common.load_model(finished_run)
+    assert len(members) == 2 and not any(member.training for member in members)
+    assert members[0](torch.rand(2, 3, 32, 32)).shape == (2, 8)
+
+
+# ---- (12) a loss that is not finite
+
+def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(stopped, monkeypatch, fails):
+    before = (stopped / "last.pt").read_bytes()
+    monkeypatch.setattr(eat, "proxy_anchor_loss",
+                        lambda embeddings, labels, proxies: embeddings.sum() * float("nan"))
+    with pytest.raises(common.RunFailed, match="last.pt"):
+        resume(stopped)
+    fails(1, ["epoch 3", str(stopped / "last.pt")], eat, "--resume", "--out", stopped)
+    assert (stopped / "last.pt").read_bytes() == before
+
+
+# ---- (13) defaults
+
+def test_the_papers_setting_is_the_default():
+    args = eat.parse_args(["--dataset", "cub", "--arch", "mobilenetv2"])
+    assert (args.members, args.beta, args.split, args.attack_loss) == (3, 0.5, True, "shift")
+    assert (args.eps, args.step_size, args.attack_steps) == (16 / 255, 4 / 255, 10)
+    assert (args.eval_eps, args.eval_step_size, args.eval_steps) == (8 / 255, 2 / 255, 10)
+    assert (args.lr, args.weight_decay, args.batch_size, args.epochs) == (1e-4, 1e-4, 120, 200)
+    assert (args.embedding_dim, args.image_size, args.warmup_epochs) == (128, 224, 1)
+    assert (args.weights, args.freeze_bn, args.own_batches) == ("imagenet", True, False)
+    assert (args.images_per_class, args.eps_ramp_epochs, args.plain_epochs) == (0, 0, 0)
+    assert args.out == "runs/eat-cub-mobilenetv2-s0"
+
+
+def test_without_pretrained_weights_nothing_is_frozen_or_warmed_up():
+    args = eat.parse_args(["--dataset", "cub", "--arch", "mobilenetv2", "--weights", "none"])
+    assert args.freeze_bn is False and args.warmup_epochs == 0
+    args = eat.parse_args(["--dataset", "cub", "--weights", "none", "--freeze-bn",
+                           "--warmup-epochs", "2"])
+    assert args.freeze_bn is True and args.warmup_epochs == 2
+
+
+# ---- (14) who trains on what
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_parts_are_equal_stratified_and_fixed_by_the_seed(parts):
+    labels = torch.arange(7).repeat_interleave(torch.tensor([3, 10, 1, 4, 8, 5, 2]))
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    part = eat.split_by_image(labels, parts, seed=0)
+    sizes = torch.bincount(part, minlength=parts)
+    assert len(sizes) == parts and sizes.max() - sizes.min() <= 1
+    for label in labels.unique():
+        own = torch.bincount(part[labels == label], minlength=parts)
+        assert own.max() - own.min() <= 1
+    assert torch.equal(part, eat.split_by_image(labels, parts, seed=0))
+    assert parts == 1 or not torch.equal(part, eat.split_by_image(labels, parts, seed=1))
+
+
+def who_saw_what(monkeypatch):
+    """Record every call of member_loss: [(member, numbers of its images)], in order."""
+    row_of, calls, members = {}, [], []
+    load, loss = eat.load_batches, eat.member_loss
+
+    def load_and_note(*arguments, **options):
+        for images, labels, rows in load(*arguments, **options):
+            row_of.update((image.numpy().tobytes(), row)
+                          for image, row in zip(images, rows.tolist()))
+            yield images, labels, rows
+
+    def note_and_compute(member, proxies, images, adversarial, labels, beta):
+        if not any(member is known for known in members):
+            members.append(member)
+        number = next(i for i, known in enumerate(members) if known is member)
+        calls.append((number, [row_of[image.numpy().tobytes()] for image in images]))
+        assert len(images) == len(adversarial) == len(labels)
+        return loss(member, proxies, images, adversarial, labels, beta)
+
+    monkeypatch.setattr(eat, "load_batches", load_and_note)
+    monkeypatch.setattr(eat, "member_loss", note_and_compute)
+    return calls
+
+
+@pytest.mark.parametrize("own_batches", [False, True])
+def test_member_i_never_trains_on_part_i(own_batches, pictures, tmp_path, monkeypatch):
+    calls = who_saw_what(monkeypatch)
+    train(*flags(pictures, tmp_path / "run", "--members", "3", "--epochs", "2",
+                 *(["--own-batches"] if own_batches else [])))
+    labels = torch.arange(3).repeat_interleave(8)
+    part = eat.split_by_image(labels, 3, seed=0).tolist()
+    assert {number for number, _ in calls} == {0, 1, 2}
+    for number, rows in calls:
+        assert all(part[row] != number for row in rows)
+
+
+def test_a_batch_is_drawn_so_that_each_member_sees_the_batch_size(pictures, tmp_path,
+                                                                  monkeypatch):
+    calls = who_saw_what(monkeypatch)
+    train(*flags(pictures, tmp_path / "run", "--members", "3", "--epochs", "2"))
+    assert len(calls) == 2 * 2 * 3               # epochs, batches of 9 out of 24 images, members
+    for step in range(0, len(calls), 3):
+        sizes = [len(rows) for _, rows in calls[step:step + 3]]
+        assert sum(sizes) == 3 * 6               # --batch-size 6 on average over the members
+        drawn = {row for _, rows in calls[step:step + 3] for row in rows}
+        assert len(drawn) == 9                   # everything that was drawn and attacked is used
+
+
+@pytest.mark.parametrize("options", ["--no-split", "--own-batches"])
+def test_otherwise_every_member_sees_exactly_the_batch_size(options, pictures, tmp_path,
+                                                            monkeypatch):
+    calls = who_saw_what(monkeypatch)
+    train(*flags(pictures, tmp_path / "run", "--members", "3", "--epochs", "1", options))
+    assert {len(rows) for _, rows in calls} == {6}
+    same = [calls[0][1] == calls[i][1] for i in (1, 2)]
+    assert same == [options == "--no-split"] * 2     # own batches are drawn one by one
+
+
+def test_members_start_from_different_weights_and_proxies(pictures, tmp_path):
+    args = eat.parse_args(flags(pictures, tmp_path / "run"))
+    first, second, again = (eat.build(args, "cpu", i, "none").state_dict() for i in (0, 1, 0))
+    assert same_bits(first, again) and not same_bits(first, second)
+    first, second, again = (eat.new_proxies(args, 3, "cpu", i) for i in (0, 1, 0))
+    assert torch.equal(first, again) and not torch.equal(first, second)
