@@ -34,6 +34,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import common
@@ -62,24 +63,26 @@ def attack(members, proxies, images, labels, loss, eps, step_size, steps):
     as label, "pal-batch" with the batch's F(x) as proxies, each image the positive of its own.
     """
     with frozen(*members):
-        if loss == "pal-label":
-            targets = [(labels, own) for own in proxies]
-        else:
-            with torch.no_grad():
-                clean = [member(images) for member in members]
+        with torch.no_grad():
+            clean = [member(images) for member in members]
         if loss == "shift":
             objective = common.shift_objective(members, clean)
+        elif loss == "pal-label":
+            objective = pal_objective(members, [labels] * len(members), proxies)
+        elif loss == "pal-pseudo":
+            nearest = [(own @ F.normalize(anchors, dim=1).T).argmax(1)
+                       for own, anchors in zip(clean, proxies)]
+            objective = pal_objective(members, nearest, proxies)
         else:
-            if loss == "pal-pseudo":
-                targets = [((own @ nn.functional.normalize(anchors, dim=1).T).argmax(1), anchors)
-                           for own, anchors in zip(clean, proxies)]
-            elif loss == "pal-batch":
-                targets = [(torch.arange(len(own), device=own.device), own) for own in clean]
-
-            def objective(x):          # one value for the batch: Proxy Anchor couples its images
-                return sum(proxy_anchor_loss(member(x), target, anchors.detach())
-                           for member, (target, anchors) in zip(members, targets)).view(1)
+            itself = torch.arange(len(images), device=images.device)
+            objective = pal_objective(members, [itself] * len(members), clean)
         return pgd(objective, images, eps, step_size, steps)
+
+
+def pal_objective(members, targets, proxies):
+    """sum_i of member i's Proxy Anchor; one value a batch, because its images are coupled."""
+    return lambda images: sum(proxy_anchor_loss(member(images), target, anchors.detach())
+                              for member, target, anchors in zip(members, targets, proxies)).view(1)
 
 
 def member_loss(member, proxies, images, adversarial, labels, beta):
@@ -210,7 +213,7 @@ def main(args):
                 adversarial = crafted[i if args.own_batches else 0]
                 kept = sees[i][rows].nonzero()[:, 0]                # on the CPU: no GPU sync
                 if len(kept) == 0:
-                    continue                                    # a small last batch: nothing to see
+                    continue                                    # the batch lies wholly in part i
                 loss, clean, robust = member_loss(members[i], proxies[i], images[kept],
                                                   adversarial[kept], labels[kept], args.beta)
                 optimizers[i].zero_grad(set_to_none=True)
