@@ -655,8 +655,6 @@ class EmbeddingModel(nn.Module):
         self.normalize = normalize
         self.backbone = backbone
         self.head = nn.Linear(channels, embedding_dim)
-        nn.init.kaiming_normal_(self.head.weight, mode="fan_out")     # as the Proxy Anchor code
-        nn.init.zeros_(self.head.bias)
         self.pool = pool
         self.amp = False
 
