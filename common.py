@@ -120,9 +120,8 @@ class ImageSet:
         """The images in `rows`; without a gallery labels are renumbered to 0..C-1 again."""
         rows = [int(row) for row in rows]
         names = [self.classes[self.labels[row]] for row in rows]
-        kept = set(self.classes)
-        if self.gallery is None:                     # a gallery shares the label map: keep that
-            kept = set(names)
+        # a gallery shares the label map: with one, every class stays in it
+        kept = set(names) if self.gallery is None else set(self.classes)
         part = ImageSet([self.paths[row] for row in rows], names, self.image_size,
                         classes=[name for name in self.classes if name in kept])
         part.generated = self.generated
