@@ -94,6 +94,7 @@ class ImageSet:
 
     `[i]` is the evaluation view of image i, (float (3, S, S) in [0, 1], int label): shorter side
     resized to R = round(256 * S / 224), centre S x S crop. `random_view` is the training view.
+    `square`: the whole image is squashed to R x R instead, in either view.
     `gallery` is None or the set in which the images of this one are looked up (In-Shop).
     pixels: uint8 (n, 3, R, R) of a generated set, otherwise the images are read from `paths`.
     """
@@ -109,6 +110,7 @@ class ImageSet:
         self.store = pixels                          # one uint8 (3, h, w) per image, or None
         self.gallery = None
         self.limited = False                         # a --limit-queries subset
+        self.square = False
 
     def __len__(self):
         return len(self.paths)
@@ -126,7 +128,7 @@ class ImageSet:
                         classes=[name for name in self.classes if name in kept])
         part.generated = self.generated
         part.store = None if self.store is None else [self.store[row] for row in rows]
-        part.gallery = self.gallery
+        part.gallery, part.square = self.gallery, self.square
         return part
 
     def view(self, index):
@@ -137,18 +139,22 @@ class ImageSet:
     def random_view(self, index, stream, scale):
         """Training view: RandomResizedCrop(S, scale) and a horizontal flip, uint8 (3, S, S).
 
-        Taken from the R-px copy when the set is cached, else from the original image. Generated
-        sets have their jitter drawn in: they get a random S x S crop of the R x R image instead.
+        Taken from the R-px copy when the set is cached, else from the original image. Square sets
+        get a random S x S crop of the R x R image instead, and so do generated ones, without the
+        flip: their jitter is drawn in.
         """
         size = self.image_size
         image = self.store[index] if self.store is not None else self._decode(index)
+        if self.square and self.store is None:
+            image = self._resize(image)
         height, width = image.shape[1:]
-        if self.generated:
+        if self.square or self.generated:
             top, left = stream.integers(0, [height - size + 1, width - size + 1])
-            return image[:, top:top + size, left:left + size]
-        box = random_crop_box(stream, height, width, scale)
-        image = TF.resized_crop(image, *box, [size, size], antialias=True)
-        return image.flip(2) if stream.random() < 0.5 else image
+            image = image[:, top:top + size, left:left + size]
+        else:
+            box = random_crop_box(stream, height, width, scale)
+            image = TF.resized_crop(image, *box, [size, size], antialias=True)
+        return image.flip(2) if not self.generated and stream.random() < 0.5 else image
 
     def cache(self, limit_gb: float, workers: int = 4) -> bool:
         """Decode every image once into uint8 copies with shorter side R, if they fit.
@@ -185,7 +191,8 @@ class ImageSet:
                             f"file or remove it from the data set") from error
 
     def _resize(self, image):
-        return TF.resize(image, self.resized, antialias=True)
+        size = [self.resized, self.resized] if self.square else self.resized
+        return TF.resize(image, size, antialias=True)
 
 
 def random_crop_box(stream, height, width, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
@@ -602,6 +609,46 @@ def class_balanced_batches(labels: Tensor, batch_size: int, images_per_class: in
     return batches
 
 
+def pair_batches(labels: Tensor, batch_size: int, seed: int, epoch: int,
+                 purpose: int = BATCHES) -> list[Tensor]:
+    """Batches of pairs, [a0, p0, a1, p1, ...]: every image once as a, with a random other image of
+    its class (Zhou & Patel's batches: classes may repeat in one, the last may be smaller).
+
+    batch_size counts images. Images that are alone in their class are left out; UserError when
+    all are, or when batch_size is odd.
+    """
+    if batch_size % 2:
+        raise UserError(f"--batch-size {batch_size} is odd: batches are made of pairs; change it "
+                        f"by one")
+    stream = random_stream(seed, epoch, purpose)
+    labels = labels.numpy()
+    order = np.argsort(labels, kind="stable")                    # class after class
+    size, start = np.bincount(labels), np.searchsorted(labels[order], labels)
+    place = np.empty(len(labels), np.int64)
+    place[order] = np.arange(len(labels)) - start[order]         # of an image within its class
+    anchors = stream.permutation(len(labels))
+    anchors = anchors[size[labels[anchors]] > 1]
+    if len(anchors) == 0:
+        raise UserError("no training class has two images, so there are no pairs: use data with "
+                        "several images of each class")
+    sizes = size[labels[anchors]]
+    partners = order[start[anchors] + (place[anchors] + stream.integers(1, sizes)) % sizes]
+    return list(torch.from_numpy(np.stack([anchors, partners], 1).reshape(-1)).split(batch_size))
+
+
+def split_by_image(labels: Tensor, parts: int, seed: int) -> Tensor:
+    """Part 0..parts-1 of every image (n,): random, class by class, equal within one image.
+
+    Each class is shuffled and dealt out in turn, going on where the previous class stopped.
+    """
+    stream = random_stream(seed, 0, SPLIT)
+    rows = [(labels == label).nonzero()[:, 0] for label in labels.unique()]
+    order = torch.cat([own[torch.from_numpy(stream.permutation(len(own)))] for own in rows])
+    part = torch.empty(len(labels), dtype=torch.int64)
+    part[order] = torch.arange(len(labels)) % parts
+    return part
+
+
 def load_batches(dataset: ImageSet, batches, seed: int = 0, epoch: int = 0, *, augment: bool = True,
                  scale=(0.08, 1.0), workers: int = 0, device="cpu"):
     """Yield (images (B, 3, S, S) in [0, 1], labels (B,), indices (B,)) for each batch.
@@ -916,7 +963,7 @@ def triplet_loss(anchor: Tensor, positive: Tensor, negative: Tensor, margin: flo
     reduction: "mean" over all triplets, or "nonzero": over the strictly positive terms.
     No triplets: 0, with a graph.
     """
-    near, far = _distance(anchor, positive), _distance(anchor, negative)
+    near, far = euclidean(anchor, positive), euclidean(anchor, negative)
     if squared:
         near, far = near.square(), far.square()
     return _reduce(F.relu(near - far + margin), reduction)
@@ -929,12 +976,12 @@ def contrastive_loss(first: Tensor, second: Tensor, same: Tensor, margin: float 
     first, second (T, D); same: bool (T,), whether the pair is a positive one. reduction as in
     triplet_loss, over either kind of pair by itself. (Panum et al., Sec. 3.1; Hadsell et al. 2006)
     """
-    distance = _distance(first, second)
+    distance = euclidean(first, second)
     return (_reduce(distance[same], reduction)
             + _reduce(F.relu(margin - distance[~same]), reduction))
 
 
-def _distance(first, second):
+def euclidean(first, second):
     """Euclidean distance of rows; its gradient at first == second is 0 (no epsilon is added)."""
     return torch.linalg.vector_norm(first - second, dim=1)
 
@@ -948,7 +995,8 @@ def _reduce(terms, reduction):
 
 @torch.no_grad()
 def mine_triplets(embeddings: Tensor, labels: Tensor, how: str, generator=None, *, anchors=None,
-                  margin: float = 0.2, cutoffs=(0.5, 1.4)) -> tuple[Tensor, Tensor, Tensor]:
+                  margin: float = 0.2, cutoffs=(0.5, 1.4),
+                  positives=None) -> tuple[Tensor, Tensor, Tensor]:
     """Draw one triplet per anchor: (a, p, n), row numbers int64 (T,).
 
     anchors: rows to use (None: every row). An anchor without another image of its class, or
@@ -963,7 +1011,8 @@ def mine_triplets(embeddings: Tensor, labels: Tensor, how: str, generator=None, 
         hardest   the nearest one
 
     cutoffs: distances below the first count as it; negatives beyond the second are left out unless
-    none is nearer (then the nearest); None switches either off.
+    none is nearer (then the nearest); None switches either off. positives: the row of the positive
+    of every anchor, where it is not drawn (softhard draws its own all the same).
     """
     if how not in ("random", "semihard", "softhard", "distance", "hardest"):
         raise ValueError(f"unknown mining {how!r}: random, semihard, softhard, distance or hardest")
@@ -973,6 +1022,7 @@ def mine_triplets(embeddings: Tensor, labels: Tensor, how: str, generator=None, 
     other = same & (anchors[:, None] != rows)
     usable = other.any(1) & ~same.all(1)
     anchors, positive, negative = anchors[usable], other[usable], ~same[usable]
+    positives = positives if positives is None else positives.to(labels.device)[usable]
     if len(anchors) == 0:
         return anchors, anchors, anchors
     # exact differences: the matmul form of cdist is off by 1e-3 for near-identical rows
@@ -986,7 +1036,8 @@ def mine_triplets(embeddings: Tensor, labels: Tensor, how: str, generator=None, 
         return torch.multinomial(chosen.float(), 1, generator=generator)[:, 0]
 
     harder = positive & (distance > nearest_negative.amin(1, keepdim=True))
-    p = draw(harder if how == "softhard" else positive, positive)
+    p = draw(harder if how == "softhard" else positive, positive) \
+        if positives is None or how == "softhard" else positives
     to_positive = distance.gather(1, p[:, None])
     if how == "hardest":
         return anchors, p, nearest_negative.argmin(1)
@@ -1683,7 +1734,7 @@ def _neighbour_objectives(models, clean, labels, gallery, gallery_labels):
         right.append(names[nearest] == labels)
 
     def make_objective(rows):
-        return lambda images: sum(hit[rows] * _distance(model(images), target[rows])
+        return lambda images: sum(hit[rows] * euclidean(model(images), target[rows])
                                   for model, target, hit in zip(models, targets, right))
 
     return make_objective, torch.stack(right).any(0)
@@ -1716,8 +1767,8 @@ def evaluate_set(models, test: ImageSet, attacks, *, batch_size=128, workers=0, 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line on stderr, exit code 2, and that guesses no prefixes."""
 
-    def __init__(self, description=None):
-        super().__init__(description=description, allow_abbrev=False,
+    def __init__(self, description=None, add_help=True):
+        super().__init__(description=description, allow_abbrev=False, add_help=add_help,
                          formatter_class=HelpFormatter)
 
     def error(self, message):
@@ -1771,6 +1822,9 @@ def base_parser(description=None) -> Parser:
                       help="look In-Shop queries up among themselves (EAT) or in the gallery")
     data.add_argument("--image-size", type=number(int, 16, 4096), default=224,
                       help="side S of the network's input; test images: Resize(256 S / 224), crop")
+    data.add_argument("--crop", choices=("resized", "square"), default="resized",
+                      help="training view: RandomResizedCrop, or a random S x S crop of the whole "
+                           "photo squashed to a square, which test images are then too")
     data.add_argument("--cache-gb", type=number(float, 0), default=4.0,
                       help="decode images once when they fit in this memory; 0: each time")
     data.add_argument("--workers", type=number(int, 0, 256), default=2,
@@ -1949,6 +2003,10 @@ def load_run_data(args) -> tuple[ImageSet, ImageSet]:
     """(train, the set reported on) as a run's flags say; nothing is decoded yet."""
     train, test = load_dataset(args.dataset, args.data_root, image_size=args.image_size,
                                seed=args.seed, inshop_protocol=args.inshop_protocol)
+    # runs of the first version have no --crop
+    train.square = test.square = getattr(args, "crop", "resized") == "square"
+    if test.gallery is not None:
+        test.gallery.square = test.square
     if args.val_classes:
         train, test = split_validation(train, args.val_classes)
     if args.limit_queries == 1:
@@ -2200,6 +2258,61 @@ def peak_gb(device) -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+# ---- runs: what every method starts from and ends with ---------------------------------------
+
+def new_member(args, device, member=0, weights=None) -> nn.Module:
+    """Network `member` of a run; its random parts come from a stream of its own."""
+    seed_torch(args.seed, 0, INITIAL + MEMBER * member)
+    return build_model(args.arch, args.embedding_dim, weights or args.weights, args.pool).to(device)
+
+
+def new_proxies(args, classes: int, device, member=0) -> nn.Parameter:
+    """Proxy Anchor's proxies (classes, D) of network `member`."""
+    seed_torch(args.seed, 0, PROXIES + MEMBER * member)
+    proxies = torch.empty(classes, args.embedding_dim)
+    return nn.Parameter(nn.init.kaiming_normal_(proxies, mode="fan_out").to(device))
+
+
+def proxy_optimizer(args, model, proxies) -> torch.optim.AdamW:
+    """AdamW for a network and its proxies, which learn 100 times faster (Proxy Anchor, Sec. 4)."""
+    return torch.optim.AdamW([{"params": list(model.parameters())},
+                              {"params": [proxies], "lr": 100 * args.lr}],
+                             lr=args.lr, weight_decay=args.weight_decay)
+
+
+def drop_schedule(epochs: int, optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+    """lr x 0.1 at half and at three quarters of the epochs."""
+    drops = [drop for drop in (epochs // 2, 3 * epochs // 4) if drop > 0]
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda epoch: 0.1 ** sum(epoch >= drop for drop in drops))
+
+
+def epoch_batches(args, labels: Tensor, epoch: int, *, batch_size: int, pool: Tensor,
+                  member=0) -> list[Tensor]:
+    """An epoch's batches of image numbers out of `pool`, by --images-per-class or a shuffle."""
+    purpose = BATCHES + MEMBER * member
+    if args.images_per_class:
+        batch_size -= batch_size % args.images_per_class
+        batches = class_balanced_batches(labels[pool], batch_size, args.images_per_class,
+                                         args.seed, epoch, purpose)
+    else:
+        batches = shuffled_batches(len(pool), batch_size, args.seed, epoch, purpose)
+    return [pool[batch] for batch in batches]
+
+
+def restore(checkpoint, members, proxies, optimizers, schedulers) -> int:
+    """Put a checkpoint's state into these objects; how many epochs it has done (None: 0)."""
+    if checkpoint is None:
+        return 0
+    for name, objects in (("members", members), ("optimizers", optimizers),
+                          ("schedulers", schedulers)):
+        for own, state in zip(objects, checkpoint[name], strict=True):
+            own.load_state_dict(state)
+    for own, state in zip(proxies, checkpoint["proxies"]):
+        own.data.copy_(state)
+    return checkpoint["epoch"]
+
+
 def describe(test: ImageSet, args) -> str:
     """The images that a table speaks of, in words."""
     what = "validation classes of the training split" if args.val_classes else "unseen classes"
@@ -2213,6 +2326,30 @@ def closing_attack(args, protocol="clustering") -> Attack:
                   steps=args.eval_steps, seed=args.seed)
 
 
+def closing_evaluation(args, members, test, device, protocols=("clustering",)):
+    """Clean and attacked scores of a run's networks, every inference rule, in float32."""
+    for member in members:
+        member.amp = False
+    return evaluate_set(members, test, [closing_attack(args, name) for name in protocols],
+                        workers=args.workers, device=device,
+                        ks=KS.get(args.dataset, (1, 2, 4, 8)), seed=args.seed)
+
+
+def report(results, label, test, args, protocols=("clustering",), undefended=None) -> None:
+    """Print a run's closing tables, one per protocol; undefended: (label, results) of a row above.
+    """
+    for protocol in protocols:
+        attack, rows = closing_attack(args, protocol), []
+        for name, own in (undefended, (label, results)) if undefended else ((label, results),):
+            robust = entries_of(own["robust"], attack, results["clean"]["n_queries"])
+            rows += results_table({**own, "robust": robust}, name)
+        print(f"\n{describe(test, args)}; {attack}; in %, NMI by chance "
+              f"{100 * results['clean']['NMI_chance']:.1f}")
+        print(format_table(rows))
+    for alert in results["warnings"]:
+        print(f"warning: {alert}")
+
+
 def entries_of(robust: list[dict], attack: Attack, n_queries=None, amp=False) -> list[dict]:
     """The entries of results.json that this attack made, one per inference rule."""
     wanted = {**attack.entry(), "amp": amp}
@@ -2221,13 +2358,17 @@ def entries_of(robust: list[dict], attack: Attack, n_queries=None, amp=False) ->
             if all(entry[name] == value for name, value in wanted.items())]
 
 
-def results_table(results: dict, label: str) -> list[dict]:
+def results_table(results: dict, label: str, rules=None) -> list[dict]:
     """Rows {name, clean, attacked} for format_table: every rule, under the one attack of `robust`.
+
+    rules: the inference rules of an ensemble to show (None: all).
     """
     attacked = {entry["rule"]: entry for entry in results["robust"]}
-    return [{"name": f"{label} {rule}" if len(results["clean"]["by_rule"]) > 1 else label,
+    single = len(results["clean"]["by_rule"]) == 1
+    return [{"name": label if single else f"{label} {rule}",
              "clean": clean, "attacked": attacked.get(rule, {})}
-            for rule, clean in results["clean"]["by_rule"].items()]
+            for rule, clean in results["clean"]["by_rule"].items()
+            if single or rules is None or rule in rules]
 
 
 def format_table(rows: list[dict]) -> str:

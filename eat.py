@@ -13,7 +13,7 @@ ICLR 2018, use the same name for training on examples of other, static networks.
 
 Algorithm 1, line by line, for one mini-batch (the paper's "ep"):
 
-    l. 2     D split at random into D^1 ... D^N; member i never     split_by_image
+    l. 2     D split at random into D^1 ... D^N; member i never     common.split_by_image
              trains on D^i                                          (--no-split: all train on D)
     l. 4     member i draws a mini-batch from D \\ D^i              shuffled_batches, `sees`
     l. 5-7   x_adv: T steps from x, against all members as they     attack, pgd: once per image,
@@ -41,19 +41,6 @@ import common
 from common import UserError, frozen, load_batches, pgd, proxy_anchor_loss, seed_torch
 
 # ---- method
-
-def split_by_image(labels, parts, seed):
-    """Part 0..N-1 of every image (n,): random, class by class, equal within one image (l. 2).
-
-    Each class is shuffled and dealt out in turn, going on where the previous class stopped.
-    """
-    stream = common.random_stream(seed, 0, common.SPLIT)
-    rows = [(labels == label).nonzero()[:, 0] for label in labels.unique()]
-    order = torch.cat([own[torch.from_numpy(stream.permutation(len(own)))] for own in rows])
-    part = torch.empty(len(labels), dtype=torch.int64)
-    part[order] = torch.arange(len(labels)) % parts
-    return part
-
 
 def attack(members, proxies, images, labels, loss, eps, step_size, steps):
     """x_adv (B, 3, S, S): what hurts the members together most, Eq. (10); uniform start.
@@ -132,7 +119,11 @@ def parse_args(argv=None):
 
 
 def run_name(args):
-    return "eat" if args.split else "eat-nosplit"
+    """The method with its variant, where that is not the default."""
+    return ("eat" + ("" if args.split else "-nosplit")
+            + ("" if args.beta == 0.5 else f"-beta{args.beta:g}")
+            + ("" if args.attack_loss == "shift" else f"-{args.attack_loss}")
+            + ("-ownbatches" if args.own_batches else ""))
 
 
 # ---- training
@@ -150,23 +141,17 @@ def main(args):
         return report(common.read_json(out / "results.json"), test, args)
     device = common.pick_device(args.device, args.deterministic)
     count = args.members
-    members = [build(args, device, i, "none" if checkpoint else args.weights) for i in range(count)]
-    proxies = [new_proxies(args, len(train.classes), device, i) for i in range(count)]
-    optimizers = [new_optimizer(args, *pair) for pair in zip(members, proxies)]
-    schedulers = [new_scheduler(args.epochs, optimizer) for optimizer in optimizers]
-    plain = build(args, device, 0, args.weights)               # the closing table's first row
-    epoch = 0
-    if checkpoint:
-        epoch = checkpoint["epoch"]
-        for i in range(count):
-            members[i].load_state_dict(checkpoint["members"][i])
-            proxies[i].data.copy_(checkpoint["proxies"][i])
-            optimizers[i].load_state_dict(checkpoint["optimizers"][i])
-            schedulers[i].load_state_dict(checkpoint["schedulers"][i])
+    members = [common.new_member(args, device, i, "none" if checkpoint else args.weights)
+               for i in range(count)]
+    proxies = [common.new_proxies(args, len(train.classes), device, i) for i in range(count)]
+    optimizers = [common.proxy_optimizer(args, *pair) for pair in zip(members, proxies)]
+    schedulers = [common.drop_schedule(args.epochs, optimizer) for optimizer in optimizers]
+    plain = common.new_member(args, device)                    # the closing table's first row
+    epoch = common.restore(checkpoint, members, proxies, optimizers, schedulers)
 
     # One shared batch a step, drawn so large that a member sees batch_size of it; with
     # --own-batches one batch per member, out of the images it trains on.
-    part = split_by_image(train.labels, count if args.split else 1, args.seed)
+    part = common.split_by_image(train.labels, count if args.split else 1, args.seed)
     sees = [(part != i) if args.split else torch.ones(len(train), dtype=torch.bool)
             for i in range(count)]
     drawn = args.batch_size
@@ -175,7 +160,12 @@ def main(args):
     pools = [torch.arange(len(train))]
     if args.own_batches:
         pools = [rows.nonzero()[:, 0] for rows in sees]
-    batches_of(args, train, pools, drawn, 0)                    # an impossible batch fails here
+
+    def draw(epoch):
+        return [common.epoch_batches(args, train.labels, epoch, batch_size=drawn, pool=pool,
+                                     member=i) for i, pool in enumerate(pools)]
+
+    draw(0)                                                     # an impossible batch fails here
     if args.dry_run:
         args.warmup_epochs = args.eps_ramp_epochs = 0           # measure a full step
     else:
@@ -198,12 +188,10 @@ def main(args):
             common.train_mode(member, args.freeze_bn)
             member.amp = args.amp
             member.backbone.requires_grad_(epoch >= args.warmup_epochs)
-        epoch_batches = batches_of(args, train, pools, drawn, epoch)
-        if args.dry_run:
-            epoch_batches = [batches[:1] for batches in epoch_batches]
-        steps = min(len(batches) for batches in epoch_batches)
+        drawn_batches = draw(epoch)
+        steps = 1 if args.dry_run else min(len(batches) for batches in drawn_batches)
         streams = [load_batches(train, batches[:steps], args.seed, epoch, workers=args.workers,
-                                device=device) for batches in epoch_batches]
+                                device=device) for batches in drawn_batches]
         for step in common.progress(zip(*streams), f"epoch {epoch + 1}", steps):
             crafted = [attack(members, proxies, images, labels, args.attack_loss, ramp * args.eps,
                               ramp * args.step_size, args.attack_steps if ramp else 0)
@@ -238,7 +226,8 @@ def main(args):
                   f"{robust:.3f}, {seconds:.2f} s, {common.peak_gb(device):.2f} GB")
             break
         if args.eval_every and epoch % args.eval_every == 0:
-            record |= common.quick_scores(evaluate(args, members, test, device))
+            record |= common.quick_scores(
+                common.closing_evaluation(args, members, test, device))
         common.log_epoch(args, record)
         common.save_checkpoint(args, method="eat", epoch=epoch, members=members, proxies=proxies,
                                optimizers=optimizers, schedulers=schedulers, classes=train.classes)
@@ -248,11 +237,12 @@ def main(args):
         test = common.balanced_subset(test, max(args.batch_size, 2))
     else:
         train_plain(args, plain, train, device)
-    undefended = evaluate(args, [plain], test, device)
-    clean, robust, alerts = evaluate(args, members, test, device)
+    undefended = common.closing_evaluation(args, [plain], test, device)
+    clean, robust, alerts = common.closing_evaluation(args, members, test, device)
     seconds = sum(line["seconds"] for line in common.read_log(out)) + time.perf_counter() - started
-    results = common.run_results(args, "eat", "" if args.split else "nosplit", epoch, clean, robust,
-                                 alerts, seconds, device)
+    variant = run_name(args).removeprefix("eat").removeprefix("-")
+    results = common.run_results(args, "eat", variant, epoch, clean, robust, alerts, seconds,
+                                 device)
     results["undefended"] = {"epochs": args.plain_epochs, "clean": undefended[0],
                              "robust": undefended[1]}
     if not args.dry_run:
@@ -260,56 +250,17 @@ def main(args):
     report(results, test, args)
 
 
-def build(args, device, member, weights):
-    """Network `member`; its random parts come from a stream of its own."""
-    seed_torch(args.seed, 0, common.INITIAL + common.MEMBER * member)
-    return common.build_model(args.arch, args.embedding_dim, weights, args.pool).to(device)
-
-
-def new_proxies(args, classes, device, member):
-    seed_torch(args.seed, 0, common.PROXIES + common.MEMBER * member)
-    proxies = torch.empty(classes, args.embedding_dim)
-    return nn.Parameter(nn.init.kaiming_normal_(proxies, mode="fan_out").to(device))
-
-
-def new_optimizer(args, member, proxies):
-    return torch.optim.AdamW([{"params": list(member.parameters())},
-                              {"params": [proxies], "lr": 100 * args.lr}],    # Proxy Anchor, Sec. 4
-                             lr=args.lr, weight_decay=args.weight_decay)
-
-
-def new_scheduler(epochs, optimizer):
-    """lr x 0.1 at half and at three quarters of the epochs."""
-    drops = [drop for drop in (epochs // 2, 3 * epochs // 4) if drop > 0]
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda epoch: 0.1 ** sum(epoch >= drop for drop in drops))
-
-
-def batches_of(args, train, pools, drawn, epoch):
-    """The epoch's batches of image numbers, one list per pool."""
-    lists = []
-    for i, pool in enumerate(pools):
-        purpose = common.BATCHES + common.MEMBER * i
-        if args.images_per_class:
-            drawn -= drawn % args.images_per_class
-            lists.append(common.class_balanced_batches(
-                train.labels[pool], drawn, args.images_per_class, args.seed, epoch, purpose))
-        else:
-            lists.append(common.shuffled_batches(len(pool), drawn, args.seed, epoch, purpose))
-        lists[-1] = [pool[batch] for batch in lists[-1]]
-    return lists
-
-
 def train_plain(args, member, train, device):
     """The closing table's undefended member: Proxy Anchor alone, the same recipe otherwise."""
-    proxies = new_proxies(args, len(train.classes), device, 0)
-    optimizer = new_optimizer(args, member, proxies)
-    scheduler = new_scheduler(args.plain_epochs, optimizer)
+    proxies = common.new_proxies(args, len(train.classes), device)
+    optimizer = common.proxy_optimizer(args, member, proxies)
+    scheduler = common.drop_schedule(args.plain_epochs, optimizer)
     for epoch in range(args.plain_epochs):
         common.train_mode(member, args.freeze_bn)
         member.amp = args.amp
         member.backbone.requires_grad_(epoch >= args.warmup_epochs)
-        (batches,) = batches_of(args, train, [torch.arange(len(train))], args.batch_size, epoch)
+        batches = common.epoch_batches(args, train.labels, epoch, batch_size=args.batch_size,
+                                       pool=torch.arange(len(train)))
         for images, labels, _ in load_batches(train, batches, args.seed, epoch,
                                               workers=args.workers, device=device):
             loss = proxy_anchor_loss(member(images), labels, proxies)
@@ -320,27 +271,11 @@ def train_plain(args, member, train, device):
         scheduler.step()
 
 
-def evaluate(args, members, test, device):
-    """Clean and attacked scores: the clustering protocol, every inference rule, in float32."""
-    for member in members:
-        member.amp = False
-    return common.evaluate_set(members, test, [common.closing_attack(args)], workers=args.workers,
-                               device=device, ks=common.KS.get(args.dataset, (1, 2, 4, 8)),
-                               seed=args.seed)
-
-
 def report(results, test, args):
-    """The closing table: clean and attacked scores of every rule, an undefended network first."""
-    epochs, attack = results["undefended"]["epochs"], common.closing_attack(args)
-    rows = common.results_table(results["undefended"],
-                                f"undefended, {epochs} epochs" if epochs else "not trained")
-    robust = common.entries_of(results["robust"], attack, results["clean"]["n_queries"])
-    rows += common.results_table({**results, "robust": robust}, run_name(args))
-    print(f"\n{common.describe(test, args)}; {attack}; in %, NMI by chance "
-          f"{100 * results['clean']['NMI_chance']:.1f}")
-    print(common.format_table(rows))
-    for alert in results["warnings"]:
-        print(f"warning: {alert}")
+    """The closing table, an undefended network first."""
+    epochs = results["undefended"]["epochs"]
+    name = f"undefended, {epochs} epochs" if epochs else "not trained"
+    common.report(results, run_name(args), test, args, undefended=(name, results["undefended"]))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ A run's folder gets its new entries in results.json; one that is there already i
 """
 
 import argparse
+import glob
 import json
+import re
 import shlex
 import statistics
 import sys
@@ -124,7 +126,8 @@ def _checked(embeddings, count):
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or a checkpoint")
+    parser.add_argument("runs", nargs="+", metavar="RUN",
+                        help="a run's folder, a checkpoint, or a quoted pattern of them")
     attack = parser.add_argument_group("attack")
     attack.add_argument("--protocol", choices=common.PROTOCOLS, default="clustering")
     attack.add_argument("--attack", choices=("pgd", "fgsm"), default="pgd")
@@ -158,10 +161,26 @@ def parse_args(argv=None):
     output.add_argument("--json", default=None, metavar="FILE", help="write all of it here too")
     output.add_argument("--table", default=None, metavar="NAME",
                         help="write NAME.json and NAME.md: mean and standard deviation over seeds")
+    output.add_argument("--into", default=None, metavar="FILE",
+                        help="with --table: put the table into this Markdown file, between the "
+                             "lines <!-- NAME.md --> and <!-- end -->")
+    output.add_argument("--rules", nargs="+", type=inference_rule, default=None, metavar="RULE",
+                        help="show these inference rules of ensembles alone: vote, member_mean, "
+                             "concat, mean, member_1 ..., and no undefended rows")
     output.add_argument("--overwrite", action="store_true",
                         help="attack again where results.json has the entry")
     output.add_argument("--dry-run", action="store_true", help="one batch; writes nothing")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.into and not args.table:
+        parser.error("--into FILE needs --table NAME")
+    return args
+
+
+def inference_rule(text):
+    if not re.fullmatch("vote|member_mean|concat|mean|member_[1-9][0-9]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of vote, member_mean, concat, mean, "
+                                         f"member_1, member_2 ...")
+    return text
 
 
 # ---- evaluation
@@ -170,7 +189,10 @@ def main(args):
     for flag, target in (("--json", args.json), ("--table", args.table)):
         if target and (not Path(target).absolute().parent.is_dir() or Path(target).is_dir()):
             raise UserError(f"{flag} {target}: not a file in a folder that exists; create it")
-    runs = [run for run in args.runs if has_checkpoint(run)]
+    if args.into:
+        insert_table(Path(args.into), args.table, None)                   # both marks are there
+    runs = [run for pattern in args.runs for run in sorted(glob.glob(pattern)) or [pattern]
+            if has_checkpoint(run)]
     checkpoints = [common.load_checkpoint(run) for run in runs]           # all, before any work
     if not runs:
         raise UserError("no run has a checkpoint yet: wait for its first epoch")
@@ -200,14 +222,16 @@ def main(args):
                 common.write_atomic(Path(run) / "results.json",
                                     json.dumps(results, indent=1).encode())
         label = Path(run).stem if Path(run).is_file() else Path(run).resolve().name
-        own = common.results_table(outcome, label)
-        undefended = (results or {}).get("undefended")
+        own = common.results_table(outcome, label, args.rules)
+        undefended = None if args.rules else (results or {}).get("undefended")
         if undefended and known_entries(undefended["robust"], attack, args):
             epochs = undefended["epochs"]
             own += common.results_table(
                 undefended, f"{label} undefended" if epochs else f"{label} not trained")
         rows += own
         report.append({"run": label, "flags": checkpoint["args"], "rows": own, **outcome})
+    if not rows:
+        raise UserError(f"--rules {' '.join(args.rules)}: no run has them; drop --rules to see all")
     limited = f", a fixed subset of {args.limit_queries} images" if args.limit_queries else ""
     print(f"{attack}{limited}{', bfloat16' if args.amp else ''}; scores in %")
     print(common.format_table(rows))
@@ -224,25 +248,46 @@ def main(args):
         content = table_content(report, attack)
         common.write_atomic(Path(args.table + ".json"), json.dumps(content, indent=1).encode())
         common.write_atomic(Path(args.table + ".md"), table_markdown(content).encode())
+    if args.into:
+        insert_table(Path(args.into), args.table, table_markdown(content))
+
+
+def insert_table(path, name, table):
+    """Replace what stands between the marks of this table in a Markdown file; None: check only."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UserError(f"cannot read --into {path} ({error.strerror}): give a Markdown file") \
+            from error
+    start = f"<!-- {name}.md -->\n"
+    before, found, rest = text.partition(start)
+    _, closed, after = rest.partition("<!-- end -->")
+    if not (found and closed):
+        raise UserError(f"{path} has no line {start.strip()} with <!-- end --> below it: add both")
+    if table is not None:
+        common.write_atomic(path, f"{before}{start}{table}{closed}{after}".encode())
 
 
 def table_content(report, attack):
-    """What --table stores: a row per configuration and rule, mean and std over its seeds."""
-    groups = {}
+    """What --table stores: a row per configuration and rule, mean and std over its seeds; and the
+    flags of every configuration's first run."""
+    groups, configurations = {}, {}
     for outcome in report:
         flags, seed = outcome["flags"], f"-s{outcome['flags']['seed']}"
         config = json.dumps({name: value for name, value in flags.items()
                              if name not in ("seed", *common.MOVABLE_FLAGS, *common.CALL_FLAGS)})
+        configuration = outcome["run"].removesuffix(seed)
+        configurations.setdefault(configuration, {
+            name: Path(value).name if name in ("data_root", "weights", "out") else value
+            for name, value in outcome["flags"].items()})
         for row in outcome["rows"]:
-            name = row["name"].replace(outcome["run"], outcome["run"].removesuffix(seed))
+            name = row["name"].replace(outcome["run"], configuration)
             groups.setdefault((config, name), []).append((flags["seed"], row))
     rows = [{"name": name, "seeds": [seed for seed, _ in found],
              **{side: spread([row[side] for _, row in found]) for side in ("clean", "attacked")}}
             for (_, name), found in groups.items()]
-    flags = {name: Path(value).name if name in ("data_root", "weights", "out") else value
-             for name, value in report[0]["flags"].items()}
     return {"command": shlex.join(["python", "eval.py", *sys.argv[1:]]), "attack": attack.entry(),
-            "title": str(attack), "flags_of_first_run": flags, "versions": common.versions(),
+            "title": str(attack), "flags": configurations, "versions": common.versions(),
             "warnings": [f"{outcome['run']}: {alert}" for outcome in report
                          for alert in outcome["warnings"]], "rows": rows}
 
@@ -261,17 +306,18 @@ def table_markdown(content):
                if name in ("mAP@R", "NMI", "AMI", "F1") or name in ("R@1", "R@8", "R@10")]
     lines = ["| " + " | ".join(["in %", *(f"{side} {name}" for side, name in columns)]) + " |",
              "|---" + "|---:" * len(columns) + "|"]
+    most = max(len(row["seeds"]) for row in content["rows"])
     for row in content["rows"]:
-        cells = [row["name"]]
+        fewer = "" if len(row["seeds"]) == most else f" (seeds: {len(row['seeds'])})"
+        cells = [row["name"] + fewer]
         for side, name in columns:
             mean, std = row[side].get(name, [None, None])
             cells.append("-" if mean is None else f"{100 * mean:.1f}"
                          + ("" if std is None else f" ± {100 * std:.1f}"))
         lines.append("| " + " | ".join(cells) + " |")
-    seeds = content["rows"][0]["seeds"]
     chance = content["rows"][0]["clean"].get("NMI_chance")
-    title = (f"{content['title']}; {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
-             f"{', mean ± std' if len(seeds) > 1 else ''}"
+    title = (f"{content['title']}; {most} seed{'s' if most > 1 else ''}"
+             f"{', mean ± std' if most > 1 else ''}"
              f"{f'; NMI by chance {100 * chance[0]:.1f}' if chance else ''}. "
              f"Made by `{content['command']}`.")
     return "\n".join([title, "", *lines, *(f"\nWarning: {alert}" for alert in content["warnings"])]

@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: MIT
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "numpy>=1.26"]
+# ///
+"""The defenses that the papers compare with, side by side: one function per method, one loop.
+
+    python baselines.py --method at                              # built-in glyphs, 2 CPU cores
+    python baselines.py --method trades --dataset cars           # the EAT paper's recipe
+    python baselines.py --method act --dataset cub               # Zhou & Patel's recipe
+
+F(x) is the unit embedding, x_adv = x + r with |r|_inf <= eps, L Proxy Anchor with the true labels,
+d the Euclidean distance. What one step minimises:
+
+    natural    L(F(x), y)
+    at         beta L(F(x), y) + (1 - beta) L(F(x_adv), y), x_adv far from F(x)
+    mixup      w L(F(m), y) + (1 - w) L(F(m), y'), m = w x + (1 - w) x', w ~ Beta
+    iat        half mixup of the images, half mixup of their x_adv, same pairs, same w
+    trades     L(F(x), y) + lambda ||F(x_adv) - F(x)||^2
+    ensemble   at (or natural) for each of N networks by itself; they vote
+    est        triplet loss on x_adv, triplets mined among the F(x_adv)
+    act        triplet loss of a clean anchor, p_adv and n_adv, which were pushed together
+
+The first six are the comparison of Ke (arXiv 2501.01025, "EAT paper" below), who adapts them from
+classification: Madry et al. 2018 (at), Zhang et al. 2018 (mixup), Lamb et al. 2019 (iat), Zhang et
+al. 2019 (trades). The last two are the comparison of Zhou & Patel (CVPR 2022): Zhou et al., ECCV
+2020 (est) and arXiv 2106.03614 (act). Departures from the papers: README, "Fidelity".
+Logged: the terms of the loss, mean over networks; lr; seconds; images per second; collapse, the
+mean cosine of different images of the last batch (1: collapsed).
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+from common import (
+    UserError,
+    euclidean,
+    frozen,
+    load_batches,
+    mine_triplets,
+    pgd,
+    proxy_anchor_loss,
+    seed_torch,
+    triplet_loss,
+)
+
+# ---- method
+#
+# Every method: (model, images (B, 3, S, S) in [0, 1], labels (B,), ...) -> (loss, {term: value}).
+
+
+def natural(model, images, labels, proxies):
+    """L(F(x), y): no defense."""
+    loss = proxy_anchor_loss(model(images), labels, proxies)
+    return loss, {"clean": loss}
+
+
+def shift_attack(model, images, eps, step_size, steps, start=None):
+    """x_adv: as far from F(x) as possible, 1 - cos; starts at `start` or uniformly in the ball."""
+    with frozen(model):
+        with torch.no_grad():
+            clean = model(images)
+        return pgd(common.shift_objective([model], [clean]), images, eps, step_size, steps,
+                   start=start)
+
+
+def at(model, images, labels, proxies, eps, step_size, steps, beta=0.5):
+    """beta L(F(x), y) + (1 - beta) L(F(x_adv), y); EAT paper, Eq. (4), which prints beta = 0."""
+    adversarial = shift_attack(model, images, eps, step_size, steps)
+    clean = proxy_anchor_loss(model(images), labels, proxies)
+    robust = proxy_anchor_loss(model(adversarial), labels, proxies)
+    return beta * clean + (1 - beta) * robust, {"clean": clean, "adversarial": robust}
+
+
+def mixup(model, images, labels, proxies, weight, order, target="label"):
+    """w L(F(m), y) + (1 - w) L(F(m), y'), m = w x + (1 - w) x'; EAT paper, Eq. (6).
+
+    weight: w. order (B,): x' = x[order]. target "label": a class's label vector is its proxy, so L
+    mixes. "embedding", the paper's own: 1 - cos of F(m) and w F(x) + (1 - w) F(x'); it collapses.
+    """
+    embeddings = model(weight * images + (1 - weight) * images[order])
+    if target == "embedding":
+        clean = model(images)
+        mixed = weight * clean + (1 - weight) * clean[order]
+        loss = (1 - F.cosine_similarity(embeddings, mixed)).mean()
+    else:
+        loss = (weight * proxy_anchor_loss(embeddings, labels, proxies)
+                + (1 - weight) * proxy_anchor_loss(embeddings, labels[order], proxies))
+    return loss, {"mixed": loss}
+
+
+def iat(model, images, labels, proxies, weight, order, eps, step_size, steps):
+    """Half mixup of the images, half mixup of their x_adv, same pairs and w; EAT paper, Eq. (7)."""
+    adversarial = shift_attack(model, images, eps, step_size, steps)
+    clean, _ = mixup(model, images, labels, proxies, weight, order)
+    robust, _ = mixup(model, adversarial, labels, proxies, weight, order)
+    return (clean + robust) / 2, {"mixed": clean, "mixed_adversarial": robust}
+
+
+def trades(model, images, labels, proxies, eps, step_size, steps, weight=6.0, start="gauss"):
+    """L(F(x), y) + lambda mean ||F(x_adv) - F(x)||^2; EAT paper, Eq. (8).
+
+    weight: lambda; the gradient goes through both embeddings. start of the attack: "gauss", the
+    image plus noise of standard deviation 0.001, or "uniform" in the ball.
+    """
+    noisy = images + 0.001 * torch.randn_like(images) if start == "gauss" else None
+    adversarial = shift_attack(model, images, eps, step_size, steps, noisy)
+    embeddings = model(images)
+    clean = proxy_anchor_loss(embeddings, labels, proxies)
+    shift = (model(adversarial) - embeddings).square().sum(1).mean()
+    return clean + weight * shift, {"clean": clean, "shift": shift}
+
+
+# est and act see pairs: rows 2i and 2i + 1 are of one class; anchors are the even rows.
+
+def mine_pairs(embeddings, labels, source):
+    """One triplet per pair; its positive is the partner, except that softhard draws its own."""
+    even = torch.arange(0, len(labels), 2, device=labels.device)
+    return mine_triplets(embeddings, labels, source, anchors=even, positives=even + 1,
+                         cutoffs=(None, None))
+
+
+def est(model, images, labels, source, eps, step_size, steps):
+    """max(0, d(a_adv, p_adv) - d(a_adv, n_adv) + margin); Zhou et al., ECCV 2020.
+
+    Every image moves away from its own F(x); triplets are mined among the moved embeddings.
+    """
+    embeddings = model(shift_attack(model, images, eps, step_size, steps))
+    a, p, n = mine_pairs(embeddings, labels, source)
+    loss = triplet_loss(embeddings[a], embeddings[p], embeddings[n])
+    return loss, {"adversarial": loss}
+
+
+def act(model, images, labels, source, eps, step_size, steps):
+    """max(0, d(a, p_adv) - d(a, n_adv) + margin); Zhou et al., arXiv 2106.03614.
+
+    Triplets are mined among the clean embeddings, then p and n are moved together to minimise
+    d(p_adv, n_adv), from zero. The anchor stays clean.
+    """
+    with frozen(model):
+        with torch.no_grad():
+            a, p, n = mine_pairs(model(images), labels, source)
+        adversarial = pgd(lambda x: -euclidean(*model(x).chunk(2)), images[torch.cat([p, n])],
+                          eps, step_size, steps, random_start=False)
+    positive, negative = model(adversarial).chunk(2)
+    loss = triplet_loss(model(images[a]), positive, negative)
+    return loss, {"adversarial": loss}
+
+
+# ---- command line
+
+METHODS = ("natural", "at", "mixup", "iat", "trades", "ensemble", "est", "act")
+TRIPLET = ("est", "act")                                      # the others use Proxy Anchor
+# base_parser's defaults are the recipe of the first six; this is Zhou & Patel's.
+TRIPLET_RECIPE = dict(arch="resnet18", embedding_dim=512, crop="square", epochs=75, batch_size=112,
+                      warmup_epochs=0, lr=1e-5, weight_decay=4e-4, eps=8 / 255, step_size=1 / 255,
+                      attack_steps=8)
+# For generated data, on a CPU: eat.py's, and more epochs for triplets, which start slowly.
+SMALL = dict(arch="convnet", pool="avgmax", image_size=32, embedding_dim=64, epochs=12,
+             batch_size=30, lr=2e-3, eps=8 / 255, step_size=2 / 255, attack_steps=5,
+             eps_ramp_epochs=4)
+SMALL_TRIPLET = SMALL | dict(epochs=20, lr=1e-3, benign_epochs=10)
+# Which methods a flag belongs to.
+BELONGS = {"beta": ("at", "ensemble"), "mixup_alpha": ("mixup", "iat"), "mixup_target": ("mixup",),
+           "trades_lambda": ("trades",), "trades_start": ("trades",), "members": ("ensemble",),
+           "members_method": ("ensemble",), "split": ("ensemble",), "source": TRIPLET}
+
+
+def parse_args(argv=None):
+    chosen = common.Parser(add_help=False)                   # --method decides the defaults
+    chosen.add_argument("--method", default="natural")
+    parser = common.base_parser(__doc__)
+    triplets = chosen.parse_known_args(argv)[0].method in TRIPLET
+    if triplets:
+        parser.set_defaults(**TRIPLET_RECIPE)
+    method = parser.add_argument_group("method")
+    method.add_argument("--method", choices=METHODS, default="natural")
+    method.add_argument("--beta", type=common.number(float, 0, 1), default=0.5,
+                        help="at, ensemble: weight of the clean term; 0 is Eq. (4) as printed")
+    method.add_argument("--mixup-alpha", type=common.number(float, 0), default=1.0,
+                        help="mixup, iat: w ~ Beta(alpha, alpha), one w a batch (0: w = 1)")
+    method.add_argument("--mixup-target", choices=("label", "embedding"), default="label",
+                        help="mixup: embedding is the paper's own, label-free target")
+    method.add_argument("--trades-lambda", type=common.number(float, 0), default=6.0,
+                        help="trades: weight of the shift (6: its authors' code; 1 is closer to "
+                             "the EAT paper's table)")
+    method.add_argument("--trades-start", "--init", choices=("gauss", "uniform"), default="gauss",
+                        help="trades: where the attack starts")
+    method.add_argument("--members", type=common.number(int, 1), default=3,
+                        help="ensemble: N, networks")
+    method.add_argument("--members-method", choices=("at", "natural"), default="at",
+                        help="ensemble: how each network is trained")
+    method.add_argument("--split", action=argparse.BooleanOptionalAction, default=False,
+                        help="ensemble: network i never trains on part i of the images")
+    method.add_argument("--source", default="random", help="est, act: how triplets are mined",
+                        choices=("random", "semihard", "softhard", "distance", "hardest"))
+    method.add_argument("--benign-epochs", type=common.number(int, 0), default=0,
+                        help="train without an attack first (not in the papers, which start from "
+                             "ImageNet weights; triplets need it from a random start)")
+    method.add_argument("--eps-ramp-epochs", type=common.number(int, 0), default=0,
+                        help="then let --eps and --step-size grow from 0 over so many epochs (not "
+                             "in the papers; short runs and small networks need it)")
+    args = common.parse_run(parser, argv, run_name, SMALL_TRIPLET if triplets else SMALL)
+    for name, methods in BELONGS.items():
+        if args.method not in methods and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} belongs to --method {', '.join(methods)}, "
+                         f"not to {args.method}: drop it")
+    if args.method == "ensemble" and args.members_method == "natural" and args.beta != 0.5:
+        parser.error("--beta weighs the terms of at: drop it with --members-method natural")
+    if args.split and args.members == 1:
+        parser.error("--members 1 has nothing to split: add --no-split")
+    if args.method in TRIPLET and args.images_per_class:
+        parser.error(f"--images-per-class: {args.method} draws pairs of one class; drop it")
+    if args.images_per_class > args.batch_size:
+        parser.error(f"--images-per-class {args.images_per_class} is more than --batch-size "
+                     f"{args.batch_size}: lower it")
+    return args
+
+
+def run_name(args):
+    """The method with its variant, where that is not the default."""
+    words = [(args.beta != 0.5, f"beta{args.beta:g}"),
+             (args.mixup_alpha != 1, f"alpha{args.mixup_alpha:g}"),
+             (args.mixup_target != "label", args.mixup_target),
+             (args.trades_lambda != 6, f"lambda{args.trades_lambda:g}"),
+             (args.trades_start != "gauss", args.trades_start),
+             (args.members_method != "at", args.members_method), (args.split, "split"),
+             (args.source != "random", args.source)]
+    return "-".join([args.method, *(word for changed, word in words if changed)])
+
+
+# ---- training
+
+def main(args):
+    train, test = common.load_run_data(args)
+    if len(train.classes) < 2:
+        raise UserError(f"{args.dataset} has {len(train.classes)} training class: give data with "
+                        f"at least 2")
+    if args.split and args.members > len(train):
+        raise UserError(f"--members {args.members} is more than the {len(train)} training images: "
+                        f"lower it")
+    checkpoint = common.claim_folder(args)
+    common.check_same_run(checkpoint, args.method, train)
+    out, triplets = Path(args.out), args.method in TRIPLET
+    protocols = ("clustering", "template") if triplets else ("clustering",)
+    if checkpoint and checkpoint["epoch"] == args.epochs and (out / "results.json").exists():
+        print(f"{out} is complete:")
+        return common.report(common.read_json(out / "results.json"), run_name(args), test, args,
+                             protocols)
+    device = common.pick_device(args.device, args.deterministic)
+    count = args.members if args.method == "ensemble" else 1
+    members = [common.new_member(args, device, i, "none" if checkpoint else args.weights)
+               for i in range(count)]
+    if triplets:                                                # Zhou & Patel: Adam, constant lr
+        proxies, schedulers = [None], []
+        optimizers = [torch.optim.Adam(members[0].parameters(), lr=args.lr,
+                                       weight_decay=args.weight_decay)]
+    else:
+        proxies = [common.new_proxies(args, len(train.classes), device, i) for i in range(count)]
+        optimizers = [common.proxy_optimizer(args, *pair) for pair in zip(members, proxies)]
+        schedulers = [common.drop_schedule(args.epochs, optimizer) for optimizer in optimizers]
+    epoch = common.restore(checkpoint, members, proxies, optimizers, schedulers)
+    part = common.split_by_image(train.labels, count if args.split else 1, args.seed)
+    pools = [(part != i).nonzero()[:, 0] if args.split else torch.arange(len(train))
+             for i in range(count)]
+
+    def draw(epoch, i):
+        purpose = common.BATCHES + common.MEMBER * i
+        if triplets:
+            return common.pair_batches(train.labels, args.batch_size, args.seed, epoch, purpose)
+        return common.epoch_batches(args, train.labels, epoch, batch_size=args.batch_size,
+                                    pool=pools[i], member=i)
+
+    draw(0, 0)                                                  # an impossible batch fails here
+    if args.dry_run:
+        args.warmup_epochs = args.benign_epochs = args.eps_ramp_epochs = 0  # a full step
+    else:
+        common.cache_images([train, test, test.gallery], args.cache_gb, args.workers)
+        common.begin_run(args, device, checkpoint)
+    if args.compile:
+        for member in members:
+            member.compile()
+    print(f"{args.dataset}: {len(train)} training images of {len(train.classes)} classes, "
+          f"{len(test)} of {len(test.classes)} to report on; {run_name(args)}, {count} x "
+          f"{args.arch} on {device}; weights {args.weights}, BatchNorm statistics "
+          f"{'frozen' if args.freeze_bn else 'live'}, {args.warmup_epochs} warm-up epochs")
+
+    while epoch < args.epochs:
+        epoch_started, seen, steps, totals = time.perf_counter(), 0, 0, {}
+        attacked = epoch - args.benign_epochs                   # epochs with an attack so far
+        ramp = min(max(attacked / args.eps_ramp_epochs, 0), 1) if args.eps_ramp_epochs \
+            else int(attacked >= 0)
+        attack = ramp * args.eps, ramp * args.step_size, args.attack_steps if ramp else 0
+        for i, (member, own) in enumerate(zip(members, proxies)):      # each as if it were alone
+            seed_torch(args.seed, epoch, common.TRAIN + common.MEMBER * i)
+            common.train_mode(member, args.freeze_bn)
+            member.amp = args.amp
+            member.backbone.requires_grad_(epoch >= args.warmup_epochs)
+            method = args.members_method if args.method == "ensemble" else args.method
+            batches = draw(epoch, i)[:1 if args.dry_run else None]
+            stream = load_batches(train, batches, args.seed, epoch, workers=args.workers,
+                                  device=device)
+            for images, labels, rows in common.progress(stream, f"epoch {epoch + 1}", len(batches)):
+                if method == "natural":
+                    loss, terms = natural(member, images, labels, own)
+                elif method == "at":
+                    loss, terms = at(member, images, labels, own, *attack, args.beta)
+                elif method == "mixup":
+                    loss, terms = mixup(member, images, labels, own, *mixing(args, images),
+                                        args.mixup_target)
+                elif method == "iat":
+                    loss, terms = iat(member, images, labels, own, *mixing(args, images), *attack)
+                elif method == "trades":
+                    loss, terms = trades(member, images, labels, own, *attack, args.trades_lambda,
+                                         args.trades_start)
+                elif method == "est":
+                    loss, terms = est(member, images, labels, args.source, *attack)
+                else:
+                    loss, terms = act(member, images, labels, args.source, *attack)
+                optimizers[i].zero_grad(set_to_none=True)
+                loss.backward()
+                if own is not None:
+                    nn.utils.clip_grad_value_([*member.parameters(), own], 10)
+                optimizers[i].step()
+                for name, value in terms.items():
+                    totals[name] = totals.get(name, 0) + value.detach()
+                steps, seen = steps + 1, seen + len(rows)
+        lr = optimizers[0].param_groups[0]["lr"]
+        for scheduler in schedulers:
+            scheduler.step()
+        epoch += 1
+        terms = {name: float(total) / steps for name, total in totals.items()}
+        collapse = common.mean_cosine(common.embed(members[-1:], [(images, labels, rows)])[0])
+        common.check_finite(sum(terms.values()) + collapse, epoch, out)
+        seconds = time.perf_counter() - epoch_started
+        record = {"epoch": epoch, **terms, "lr": lr, "seconds": round(seconds, 3),
+                  "images_per_second": round(seen / seconds, 1), "collapse": collapse}
+        if args.dry_run:
+            shown = ", ".join(f"{name} {value:.3f}" for name, value in terms.items())
+            print(f"one batch of {tuple(images.shape)}: {shown}, {seconds:.2f} s, "
+                  f"{common.peak_gb(device):.2f} GB")
+            break
+        if args.eval_every and epoch % args.eval_every == 0:
+            record |= common.quick_scores(
+                common.closing_evaluation(args, members, test, device, protocols))
+        common.log_epoch(args, record)
+        common.save_checkpoint(args, method=args.method, epoch=epoch, members=members,
+                               proxies=[] if triplets else proxies, optimizers=optimizers,
+                               schedulers=schedulers, classes=train.classes)
+
+    started = time.perf_counter()
+    if args.dry_run:
+        test = common.balanced_subset(test, max(args.batch_size, 2))
+    clean, robust, alerts = common.closing_evaluation(args, members, test, device, protocols)
+    seconds = sum(line["seconds"] for line in common.read_log(out)) + time.perf_counter() - started
+    variant = run_name(args).removeprefix(args.method).removeprefix("-")
+    results = common.run_results(args, args.method, variant, epoch, clean, robust, alerts, seconds,
+                                 device)
+    if not args.dry_run:
+        common.write_atomic(out / "results.json", json.dumps(results, indent=1).encode())
+    common.report(results, run_name(args), test, args, protocols)
+
+
+def mixing(args, images):
+    """w ~ Beta(alpha, alpha) and the partner x' of every image, for one batch."""
+    alpha = args.mixup_alpha
+    weight = float(torch.distributions.Beta(alpha, alpha).sample()) if alpha else 1.0
+    return weight, torch.randperm(len(images)).to(images.device)
+
+
+if __name__ == "__main__":
+    common.run_script(parse_args, main)
