@@ -163,8 +163,8 @@ TRIPLET_RECIPE = dict(arch="resnet18", embedding_dim=512, crop="square", epochs=
                       warmup_epochs=0, lr=1e-5, weight_decay=4e-4, eps=8 / 255, step_size=1 / 255,
                       attack_steps=8)
 # For generated data, on a CPU: eat.py's, and more epochs for triplets, which start slowly.
-SMALL = dict(arch="convnet", pool="avgmax", image_size=32, embedding_dim=64, epochs=12,
-             batch_size=30, lr=2e-3, eps=8 / 255, step_size=2 / 255, attack_steps=5,
+SMALL = dict(arch="convnet", pool="avgmax", image_size=32, embedding_dim=64, epochs=10,
+             batch_size=30, lr=2e-3, eps=8 / 255, step_size=2 / 255, attack_steps=4,
              eps_ramp_epochs=4)
 SMALL_TRIPLET = SMALL | dict(epochs=20, lr=1e-3, benign_epochs=10)
 # Which methods a flag belongs to.

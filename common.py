@@ -2336,11 +2336,14 @@ def closing_evaluation(args, members, test, device, protocols=("clustering",)):
 
 
 def report(results, label, test, args, protocols=("clustering",), undefended=None) -> None:
-    """Print a run's closing tables, one per protocol; undefended: (label, results) of a row above.
+    """Print a run's closing tables, one per protocol, and its warnings.
+
+    undefended: (label, results) of a network to show first.
     """
+    shown = [undefended] if undefended else []
     for protocol in protocols:
         attack, rows = closing_attack(args, protocol), []
-        for name, own in (undefended, (label, results)) if undefended else ((label, results),):
+        for name, own in [*shown, (label, results)]:
             robust = entries_of(own["robust"], attack, results["clean"]["n_queries"])
             rows += results_table({**own, "robust": robust}, name)
         print(f"\n{describe(test, args)}; {attack}; in %, NMI by chance "

@@ -85,9 +85,9 @@ def member_loss(member, proxies, images, adversarial, labels, beta):
 # ---- command line
 
 # For generated data, on a CPU.
-SMALL = dict(arch="convnet", pool="avgmax", image_size=32, embedding_dim=64, epochs=12,
-             batch_size=30, lr=2e-3, eps=8 / 255, step_size=2 / 255, attack_steps=5,
-             eps_ramp_epochs=4, plain_epochs=12)
+SMALL = dict(arch="convnet", pool="avgmax", image_size=32, embedding_dim=64, epochs=10,
+             batch_size=30, lr=2e-3, eps=8 / 255, step_size=2 / 255, attack_steps=4,
+             eps_ramp_epochs=4, plain_epochs=10)
 
 
 def parse_args(argv=None):
