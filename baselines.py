@@ -163,7 +163,7 @@ TRIPLET_RECIPE = dict(arch="resnet18", embedding_dim=512, crop="square", epochs=
                       warmup_epochs=0, lr=1e-5, weight_decay=4e-4, eps=8 / 255, step_size=1 / 255,
                       attack_steps=8)
 # For generated data, on a CPU: eat.py's, and more epochs for triplets, which start slowly.
-SMALL = dict(arch="convnet", pool="avgmax", image_size=32, embedding_dim=64, epochs=10,
+SMALL = dict(arch="convnet", pool="avgmax", image_size=32, embedding_dim=64, epochs=12,
              batch_size=30, lr=2e-3, eps=8 / 255, step_size=2 / 255, attack_steps=4,
              eps_ramp_epochs=4)
 SMALL_TRIPLET = SMALL | dict(epochs=20, lr=1e-3, benign_epochs=10)
@@ -207,7 +207,7 @@ def parse_args(argv=None):
     method.add_argument("--eps-ramp-epochs", type=common.number(int, 0), default=0,
                         help="then let --eps and --step-size grow from 0 over so many epochs (not "
                              "in the papers; short runs and small networks need it)")
-    args = common.parse_run(parser, argv, run_name, SMALL_TRIPLET if triplets else SMALL)
+    args = common.parse_run(parser, argv, run_name, SMALL_TRIPLET if triplets else SMALL, METHODS)
     for name, methods in BELONGS.items():
         if args.method not in methods and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} belongs to --method {', '.join(methods)}, "
@@ -215,7 +215,10 @@ def parse_args(argv=None):
     if args.method == "ensemble" and args.members_method == "natural" and args.beta != 0.5:
         parser.error("--beta weighs the terms of at: drop it with --members-method natural")
     if args.split and args.members == 1:
-        parser.error("--members 1 has nothing to split: add --no-split")
+        parser.error("--members 1 has nothing to split: drop --split")
+    if args.method in TRIPLET and args.batch_size < 4:
+        parser.error(f"--batch-size {args.batch_size} leaves no negative: {args.method} draws "
+                     f"pairs, give at least 4")
     if args.method in TRIPLET and args.images_per_class:
         parser.error(f"--images-per-class: {args.method} draws pairs of one class; drop it")
     if args.images_per_class > args.batch_size:
@@ -247,7 +250,7 @@ def main(args):
         raise UserError(f"--members {args.members} is more than the {len(train)} training images: "
                         f"lower it")
     checkpoint = common.claim_folder(args)
-    common.check_same_run(checkpoint, args.method, train)
+    common.check_same_classes(checkpoint, train)
     out, triplets = Path(args.out), args.method in TRIPLET
     protocols = ("clustering", "template") if triplets else ("clustering",)
     if checkpoint and checkpoint["epoch"] == args.epochs and (out / "results.json").exists():
@@ -278,12 +281,13 @@ def main(args):
         return common.epoch_batches(args, train.labels, epoch, batch_size=args.batch_size,
                                     pool=pools[i], member=i)
 
-    draw(0, 0)                                                  # an impossible batch fails here
+    for i in range(count):
+        draw(0, i)                                              # an impossible batch fails here
     if args.dry_run:
         args.warmup_epochs = args.benign_epochs = args.eps_ramp_epochs = 0  # a full step
     else:
         common.cache_images([train, test, test.gallery], args.cache_gb, args.workers)
-        common.begin_run(args, device, checkpoint)
+        common.begin_run(args, args.method, device, checkpoint)
     if args.compile:
         for member in members:
             member.compile()

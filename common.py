@@ -1894,12 +1894,13 @@ CALL_FLAGS = ("resume", "overwrite", "dry_run")
 MOVABLE_FLAGS = ("device", "workers", "out")
 
 
-def parse_run(parser: Parser, argv, method, small: dict) -> argparse.Namespace:
+def parse_run(parser: Parser, argv, run_name, small: dict, methods) -> argparse.Namespace:
     """Parse a training script's flags into the complete flags of a run.
 
-    method(args) -> the run's name for its method and variant ("eat", "eat-nosplit"). small: the
-    method's defaults on generated data, in place of the paper's. With --resume every flag comes
-    from the run's folder; a flag given with another value is an error that names both.
+    run_name(args) -> the run's name for its method and variant. small: the method's defaults on
+    generated data, in place of the paper's. methods: those of the script. With --resume every flag
+    comes from the run's folder; a flag given with another value is an error that names both, and
+    so is a run of another script.
     """
     unset = object()
     given = vars(parser.parse_args(argv, argparse.Namespace(
@@ -1907,12 +1908,15 @@ def parse_run(parser: Parser, argv, method, small: dict) -> argparse.Namespace:
     given = {name: value for name, value in given.items() if value is not unset}
     given.pop("help", None)
     args = _complete(parser, given, small)
-    args.out = args.out or f"runs/{method(args)}-{args.dataset}-{args.arch}-s{args.seed}"
+    args.out = args.out or f"runs/{run_name(args)}-{args.dataset}-{args.arch}-s{args.seed}"
     if args.resume and args.overwrite:
         parser.error("--resume continues a run and --overwrite replaces it: give one of them")
     if not args.resume:
         return args
     stored = stored_flags(Path(args.out))
+    if stored and stored.get("method", methods[0]) not in methods:
+        parser.error(f"{args.out} holds a run of {stored['method']}: resume it with the script "
+                     f"that made it, or start another run with another --out")
     for name, value in given.items():
         if stored and name not in CALL_FLAGS + MOVABLE_FLAGS and stored.get(name) != value:
             parser.error(f"--{name.replace('_', '-')} is {value} here but {stored.get(name)} in "
@@ -2065,20 +2069,19 @@ def stored_flags(out: Path) -> dict | None:
     """The flags of the run in a folder, None if there is none yet."""
     checkpoint = resumable(out)
     if checkpoint is not None:
-        return checkpoint["args"]
+        return {**checkpoint["args"], "method": checkpoint["method"]}
     return read_json(out / "args.json") if (out / "args.json").exists() else None
 
 
-def check_same_run(checkpoint, method, train) -> None:
-    """A checkpoint continues only its own method on the same classes."""
-    if checkpoint and (checkpoint["method"] != method or checkpoint["classes"] != train.classes):
-        raise UserError(f"the checkpoint is of {checkpoint['method']} on "
-                        f"{len(checkpoint['classes'])} classes, this is {method} on "
-                        f"{len(train.classes)}: resume with the same script and data, or start "
+def check_same_classes(checkpoint, train) -> None:
+    """A checkpoint continues only on the classes that it was trained on."""
+    if checkpoint and checkpoint["classes"] != train.classes:
+        raise UserError(f"the checkpoint is of {len(checkpoint['classes'])} classes, the data has "
+                        f"{len(train.classes)} or others: resume with the same data, or start "
                         f"another run with another --out")
 
 
-def begin_run(args, device, checkpoint) -> None:
+def begin_run(args, method, device, checkpoint) -> None:
     """Create the folder, write args.json, and drop log lines and results of a replaced run or of
     epochs after the checkpoint. An old last.pt stays until the first new one is complete."""
     out, epoch = Path(args.out), checkpoint["epoch"] if checkpoint else 0
@@ -2090,7 +2093,7 @@ def begin_run(args, device, checkpoint) -> None:
     write_atomic(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
     if checkpoint is None:
         (out / "results.json").unlink(missing_ok=True)
-        record = {**vars(args), "device": str(device), **provenance(device)}
+        record = {**vars(args), "method": method, "device": str(device), **provenance(device)}
         write_atomic(out / "args.json", json.dumps(record, indent=1).encode())
 
 

@@ -85,9 +85,9 @@ def member_loss(member, proxies, images, adversarial, labels, beta):
 # ---- command line
 
 # For generated data, on a CPU.
-SMALL = dict(arch="convnet", pool="avgmax", image_size=32, embedding_dim=64, epochs=10,
+SMALL = dict(arch="convnet", pool="avgmax", image_size=32, embedding_dim=64, epochs=12,
              batch_size=30, lr=2e-3, eps=8 / 255, step_size=2 / 255, attack_steps=4,
-             eps_ramp_epochs=4, plain_epochs=10)
+             eps_ramp_epochs=4, plain_epochs=12)
 
 
 def parse_args(argv=None):
@@ -109,7 +109,7 @@ def parse_args(argv=None):
     method.add_argument("--plain-epochs", type=common.number(int, 0), default=0,
                         help="closing table: train an undefended member for so long (0: show the "
                              "starting weights)")
-    args = common.parse_run(parser, argv, run_name, SMALL)
+    args = common.parse_run(parser, argv, run_name, SMALL, ("eat",))
     if args.split and args.members == 1:
         parser.error("--members 1 has nothing to split: add --no-split")
     if args.images_per_class > args.batch_size:
@@ -134,7 +134,7 @@ def main(args):
         raise UserError(f"--members {args.members} is more than the {len(train)} training images: "
                         f"lower it")
     checkpoint = common.claim_folder(args)
-    common.check_same_run(checkpoint, "eat", train)
+    common.check_same_classes(checkpoint, train)
     out = Path(args.out)
     if checkpoint and checkpoint["epoch"] == args.epochs and (out / "results.json").exists():
         print(f"{out} is complete:")
@@ -170,7 +170,7 @@ def main(args):
         args.warmup_epochs = args.eps_ramp_epochs = 0           # measure a full step
     else:
         common.cache_images([train, test, test.gallery], args.cache_gb, args.workers)
-        common.begin_run(args, device, checkpoint)
+        common.begin_run(args, "eat", device, checkpoint)
     if args.compile:
         for member in members:
             member.compile()

@@ -255,14 +255,13 @@ def main(args):
 def insert_table(path, name, table):
     """Replace what stands between the marks of this table in a Markdown file; None: check only."""
     try:
-        text = path.read_text()
-    except OSError as error:
-        raise UserError(f"cannot read --into {path} ({error.strerror}): give a Markdown file") \
-            from error
+        text = path.read_bytes().decode()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read --into {path} ({error}): give a Markdown file") from error
     start = f"<!-- {name}.md -->\n"
     before, found, rest = text.partition(start)
-    _, closed, after = rest.partition("<!-- end -->")
-    if not (found and closed):
+    old, closed, after = rest.partition("<!-- end -->")
+    if not (found and closed) or "<!--" in old:
         raise UserError(f"{path} has no line {start.strip()} with <!-- end --> below it: add both")
     if table is not None:
         common.write_atomic(path, f"{before}{start}{table}{closed}{after}".encode())

@@ -16,19 +16,27 @@ import shutil
 import struct
 import sys
 import warnings
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
 from common import (
+    AUGMENT,
     UserError,
+    balanced_subset,
     class_balanced_batches,
     load_batches,
     load_dataset,
+    load_run_data,
+    pair_batches,
+    random_stream,
     shuffled_batches,
+    split_validation,
 )
 
 # train classes, train images, test classes, test images (inshop: the queries)
@@ -990,7 +998,11 @@ def balanced(seed, epoch):
     return torch.stack(class_balanced_batches(labels_of([10] * 10), 10, 2, seed, epoch)[:3])
 
 
-@pytest.mark.parametrize("batches", [shuffled, balanced])
+def paired(seed, epoch):
+    return torch.cat(pair_batches(labels_of([10] * 10), 10, seed, epoch))
+
+
+@pytest.mark.parametrize("batches", [shuffled, balanced, paired])
 def test_batches_are_a_function_of_seed_and_epoch_alone(batches):
     torch.manual_seed(1)
     random.seed(1)
@@ -1035,6 +1047,52 @@ def test_balanced_batches_use_most_of_an_even_set():
 def test_balanced_batches_that_cannot_be_made_are_an_error(sizes, batch_size, each):
     with pytest.raises(UserError) as caught:
         class_balanced_batches(labels_of(sizes), batch_size, each, seed=0, epoch=0)
+    one_line(caught.value)
+
+
+@pytest.mark.parametrize("sizes", [[10] * 10, [1, 2, 3, 4, 5, 30], [2] * 7, [1] * 50 + [8] * 5])
+@pytest.mark.parametrize("batch_size", [2, 6, 112])
+def test_pairs_are_two_images_of_a_class_and_every_image_leads_one(sizes, batch_size):
+    labels = labels_of(sizes)
+    batches = pair_batches(labels, batch_size, seed=0, epoch=0)
+    assert {len(batch) for batch in batches[:-1]} <= {batch_size}
+    assert 0 < len(batches[-1]) <= batch_size and all(b.dtype == torch.int64 for b in batches)
+    first, second = torch.cat(batches).view(-1, 2).T
+    assert torch.equal(labels[first], labels[second]) and (first != second).all()
+    assert sorted(first.tolist()) == [i for i, y in enumerate(labels.tolist()) if sizes[y] > 1]
+
+
+def test_the_last_batch_of_pairs_may_be_smaller():
+    sizes = [len(batch) for batch in pair_batches(labels_of([9]), 4, seed=0, epoch=0)]
+    assert sizes == [4, 4, 4, 4, 2]
+
+
+def test_partners_are_uniform_over_the_other_images_and_the_order_is_shuffled():
+    stats = pytest.importorskip("scipy.stats")
+    labels = labels_of([5, 1, 3, 2])
+    partners, places = torch.zeros(11, 11), torch.zeros(11, 10)
+    for seed in range(400):
+        first, second = torch.cat(pair_batches(labels, 6, seed, epoch=0)).view(-1, 2).T
+        partners[first, second] += 1
+        places[first, torch.arange(10)] += 1
+    for row in range(11):
+        others = (labels == labels[row]) & (torch.arange(11) != row)
+        assert partners[row][~others].sum() == 0
+        if others.any():
+            for counts in (partners[row][others], places[row]):
+                assert counts.sum() == 400
+                assert len(counts) == 1 or stats.chisquare(counts.tolist()).pvalue > 1e-4
+
+
+def test_pairs_change_with_the_purpose():
+    one, other = (pair_batches(labels_of([10] * 10), 200, 0, 0, purpose)[0] for purpose in (2, 102))
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("sizes, batch_size", [([1] * 9, 4), ([9] * 4, 5)], ids=["single", "odd"])
+def test_pairs_that_cannot_be_made_are_an_error(sizes, batch_size):
+    with pytest.raises(UserError) as caught:
+        pair_batches(labels_of(sizes), batch_size, seed=0, epoch=0)
     one_line(caught.value)
 
 
@@ -1124,6 +1182,88 @@ def test_scale_sets_how_much_of_an_image_a_view_shows(root):
         drawn = [views(train, [torch.arange(2)], epoch=e, scale=scale)[0] for e in range(10)]
         spread[scale] = np.mean([float(v.max() - v.min()) for v in drawn])
     assert spread[0.1, 0.1] < 0.5 < spread[0.5, 0.5] < 0.85 < spread[1.0, 1.0]
+
+
+# ---- square views
+
+
+def square_set(root):
+    train = shapes_set(root)
+    train.square = True
+    return train
+
+
+def drawn_view(dataset, index, epoch):
+    return dataset.random_view(index, random_stream(0, epoch, AUGMENT, index), (0.08, 1.0))
+
+
+def test_a_square_view_is_resize_to_a_square_and_centre_crop(root):
+    train = square_set(root)
+    reference = Compose([PILToTensor(), Resize((32, 32), antialias=True), CenterCrop(28)])
+    for i, path in enumerate(train.paths):
+        with Image.open(path) as picture:
+            assert torch.equal(train.view(i), reference(picture.convert("RGB")))
+
+
+def test_a_square_random_view_is_a_window_of_that_image_flipped_half_of_the_time(root):
+    train, found, count = square_set(root), [], 60
+    for i, path in enumerate(train.paths):
+        with Image.open(path) as picture:
+            whole = Resize((32, 32), antialias=True)(PILToTensor()(picture.convert("RGB")))
+        windows = {(top, left, flipped): window.flip(2) if flipped else window
+                   for top in range(5) for left in range(5) for flipped in (False, True)
+                   for window in [whole[:, top:top + 28, left:left + 28]]}
+        for epoch in range(count):
+            view = drawn_view(train, i, epoch)
+            (match,) = [place for place, window in windows.items() if torch.equal(view, window)]
+            found.append(match)
+    assert len(set(found)) == 50                     # every window, either way round
+    assert 0.4 < sum(flipped for _, _, flipped in found) / len(found) < 0.6
+
+
+def test_square_views_are_bit_equal_cached_or_not(root):
+    train = square_set(root)
+    places = [(i, epoch) for i in range(len(train)) for epoch in range(8)]
+    before = [train.view(i) for i in range(len(train))], [drawn_view(train, *p) for p in places]
+    assert train.cache(1.0) is True
+    after = [train.view(i) for i in range(len(train))], [drawn_view(train, *p) for p in places]
+    for one, other in zip(before, after):
+        assert all(torch.equal(a, b) for a, b in zip(one, other))
+
+
+def test_square_changes_nothing_for_generated_images(glyphs):
+    plain, square = (glyphs[0].subset(range(4)) for _ in range(2))
+    square.square = True
+    for i in range(4):
+        assert torch.equal(plain.view(i), square.view(i))
+        assert all(torch.equal(drawn_view(plain, i, e), drawn_view(square, i, e)) for e in range(9))
+
+
+@pytest.mark.parametrize("square", [False, True])
+def test_parts_of_a_set_stay_square(root, square):
+    train, _ = load("folder", make_folder(root, "abcd"), image_size=16)
+    train.square = square
+    parts = [train.subset([0, 3]), *split_validation(train, 1), balanced_subset(train, 2)]
+    assert [part.square for part in parts] == [square] * 4
+
+
+@pytest.mark.parametrize("crop", [None, "resized", "square"])
+def test_a_run_is_square_by_its_crop_flag_and_older_runs_are_not(root, crop):
+    flags = Namespace(dataset="folder", data_root=str(make_folder(root, "abcd")), image_size=16,
+                      seed=0, inshop_protocol="query", val_classes=0, limit_queries=0, batch_size=2)
+    if crop:
+        flags.crop = crop
+    for changes in ({}, {"val_classes": 1}, {"limit_queries": 2}):
+        sets = load_run_data(Namespace(**{**vars(flags), **changes}))
+        assert [dataset.square for dataset in sets] == [crop == "square"] * 2
+
+
+@pytest.mark.parametrize("limit", [0, 100])
+def test_the_gallery_of_a_square_run_is_square(trees, limit):
+    _, test = load_run_data(Namespace(
+        dataset="inshop", data_root=str(trees("inshop")), image_size=16, seed=0, crop="square",
+        inshop_protocol="gallery", val_classes=0, limit_queries=limit, batch_size=2))
+    assert test.square and test.gallery.square
 
 
 # ---- generated sets

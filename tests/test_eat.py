@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import common
 import eat
 from common import pgd, proxy_anchor_loss, shift_objective
 
@@ -96,7 +97,7 @@ def displacement(member, adversarial, images):
 @pytest.mark.parametrize("parts", [2, 3, 5])
 def test_the_split_is_equal_within_one_image_overall_and_in_every_class(parts):
     labels = torch.randint(0, 7, (100,), generator=seeded(0))
-    part = eat.split_by_image(labels, parts, seed=0)
+    part = common.split_by_image(labels, parts, seed=0)
     for rows in (labels >= 0, *(labels == label for label in range(7))):
         sizes = part[rows].bincount(minlength=parts)
         assert len(sizes) == parts and sizes.max() - sizes.min() <= 1
@@ -104,8 +105,8 @@ def test_the_split_is_equal_within_one_image_overall_and_in_every_class(parts):
 
 def test_the_split_is_fixed_by_the_seed_and_random():
     labels = torch.arange(4).repeat(25)
-    assert torch.equal(eat.split_by_image(labels, 3, 0), eat.split_by_image(labels, 3, 0))
-    assert not torch.equal(eat.split_by_image(labels, 3, 0), eat.split_by_image(labels, 3, 1))
+    assert torch.equal(common.split_by_image(labels, 3, 0), common.split_by_image(labels, 3, 0))
+    assert not torch.equal(common.split_by_image(labels, 3, 0), common.split_by_image(labels, 3, 1))
 
 
 def test_one_member_with_a_split_is_a_user_error_that_names_no_split(capsys):
@@ -287,8 +288,8 @@ def flags(**changes):
 def learning_rates(epochs):
     """lr of every epoch, relative to the first one's: network, and proxies."""
     args = flags(epochs=epochs)
-    optimizer = eat.new_optimizer(args, nn.Linear(2, 2), nn.Parameter(torch.ones(2, 2)))
-    scheduler, rates = eat.new_scheduler(args.epochs, optimizer), []
+    optimizer = common.proxy_optimizer(args, nn.Linear(2, 2), nn.Parameter(torch.ones(2, 2)))
+    scheduler, rates = common.drop_schedule(args.epochs, optimizer), []
     for _ in range(epochs):
         rates.append([group["lr"] for group in optimizer.param_groups])
         optimizer.step()
@@ -316,7 +317,7 @@ def test_the_paper_schedule_drops_at_epochs_100_and_150():
 
 def test_the_optimiser_is_adamw_over_network_and_proxies():
     member, proxies = nn.Linear(2, 2), nn.Parameter(torch.ones(2, 2))
-    optimizer = eat.new_optimizer(flags(), member, proxies)
+    optimizer = common.proxy_optimizer(flags(), member, proxies)
     first, second = optimizer.param_groups
     assert type(optimizer) is torch.optim.AdamW
     assert [id(p) for p in first["params"]] == [id(p) for p in member.parameters()]
@@ -327,7 +328,7 @@ def test_the_optimiser_is_adamw_over_network_and_proxies():
 
 def test_proxies_differ_by_member_and_by_seed_and_repeat():
     def proxies(member, seed=0):
-        return eat.new_proxies(flags(seed=seed), 200, torch.device("cpu"), member)
+        return common.new_proxies(flags(seed=seed), 200, torch.device("cpu"), member)
 
     assert proxies(0).shape == (200, 8) and proxies(0).requires_grad and proxies(0).is_leaf
     assert torch.equal(proxies(1), proxies(1))

@@ -423,6 +423,52 @@ def test_hardest_equals_a_naive_loop(seed):
         assert k == min(others, key=lambda j: (embeddings[i] - embeddings[j]).norm().item())
 
 
+# ---- mining with given positives
+
+
+def pair_rows(labels):
+    """Even rows as anchors, the odd row after each as its positive."""
+    anchors = torch.arange(0, len(labels), 2)
+    return {"anchors": anchors, "positives": anchors + 1}
+
+
+@pytest.mark.parametrize("how", ["random", "semihard", "distance", "hardest"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_given_positives_are_kept(how, seed):
+    embeddings, labels = unit_rows(24, 4, seed), torch.arange(24) // 6
+    a, p, n = mine_triplets(embeddings, labels, how, seeded(seed), **pair_rows(labels))
+    assert a.tolist() == list(range(0, 24, 2)) and p.tolist() == list(range(1, 24, 2))
+    assert (labels[a] != labels[n]).all()
+
+
+def test_softhard_draws_its_own_positives_all_the_same():
+    embeddings, labels = unit_rows(24, 4, 0), torch.arange(24) // 6
+    given = mine_triplets(embeddings, labels, "softhard", seeded(0), **pair_rows(labels))
+    anchors = torch.arange(0, 24, 2)
+    own = mine_triplets(embeddings, labels, "softhard", seeded(0), anchors=anchors)
+    assert all(torch.equal(x, y) for x, y in zip(given, own))
+    assert given[1].tolist() != list(range(1, 24, 2))
+
+
+@pytest.mark.parametrize("positive, negative", [(1, 3), (2, 4)])
+def test_semihard_judges_a_negative_by_the_positive_that_was_given(positive, negative):
+    labels = torch.tensor([0, 0, 0, 1, 1])
+    embeddings = chord_rows(0.0, 0.2, 0.8, -0.3, -0.9)
+    given = torch.tensor([positive])
+    drawn = draws_of(0, embeddings, labels, "semihard", positives=given)
+    assert drawn == ({positive}, {negative})
+
+
+@pytest.mark.parametrize("how", ["random", "semihard", "distance", "hardest"])
+def test_an_anchor_that_is_dropped_drops_its_positive_too(how):
+    labels = torch.tensor([0, 0, 0, 1, 2, 2, 2])  # row 3 is alone in its class
+    given = {"anchors": torch.tensor([3, 0, 6]), "positives": torch.tensor([1, 2, 4])}
+    a, p, n = mine_triplets(unit_rows(7, 4, 0), labels, how, seeded(0), **given)
+    assert a.tolist() == [0, 6] and p.tolist() == [2, 4] and (labels[a] != labels[n]).all()
+    one_class = mine_triplets(unit_rows(7, 4, 0), torch.zeros(7), how, seeded(0), **given)
+    assert [len(index) for index in one_class] == [0, 0, 0]
+
+
 # ---- distance-weighted mining (Wu et al., ICCV 2017)
 
 

@@ -441,7 +441,7 @@ def test_a_checkpoint_of_another_format_is_refused(change, tmp_path):
 def test_members_start_differently_and_the_same_seed_starts_the_same():
     def start(seed, member):
         args = Namespace(seed=seed, arch="convnet", embedding_dim=8, pool="avg")
-        model = eat.build(args, torch.device("cpu"), member, "none")
+        model = common.new_member(args, torch.device("cpu"), member, "none")
         return torch.cat([p.detach().flatten() for p in model.parameters() if p.dim() > 1])
 
     assert torch.equal(start(0, 1), start(0, 1))

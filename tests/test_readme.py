@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+import baselines
 import eat
 import eval as evaluator
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-SCRIPTS = {"eat.py": eat, "eval.py": evaluator}
+SCRIPTS = {"eat.py": eat, "baselines.py": baselines, "eval.py": evaluator}
 SOURCES = sorted(ROOT.glob("*.py"))
 
 
@@ -50,7 +51,10 @@ def test_every_table_is_its_file_and_every_file_is_its_json(name):
     assert f"<!-- {name} -->\n{table}<!-- end -->" in README
     content = json.loads((ROOT / name).with_suffix(".json").read_text())
     assert evaluator.table_markdown(content) == table
-    assert "/" not in content["flags_of_first_run"]["data_root"]
+    for row in content["rows"]:
+        assert any(row["name"].startswith(configuration) for configuration in content["flags"])
+    for own in content["flags"].values():
+        assert "/" not in own["data_root"] + own["out"] + own["weights"]
 
 
 def test_the_header_of_every_script_names_the_requirements():

@@ -1,10 +1,13 @@
-"""eat.py and eval.py from end to end on 48 tiny pictures: files, resume, errors, exit codes.
+"""The scripts from end to end on 48 tiny pictures: files, resume, errors, exit codes.
 
 Most tests run a script inside this process. Those that kill or interrupt a run start it with
 `start`, in a process forked from a server that has imported torch already: an import takes seconds.
 """
 
+import ast
 import errno
+import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -21,6 +24,7 @@ import pytest
 import torch
 from PIL import Image
 
+import baselines
 import common
 import eat
 import eval as evaluator
@@ -29,6 +33,13 @@ ROOT = Path(__file__).resolve().parent.parent
 OUR_FILES = {"args.json", "log.jsonl", "last.pt", "results.json"}
 METRICS = {"R@1", "R@2", "R@4", "R@8", "mAP@R", "NMI", "AMI", "F1"}
 RULES = {"vote", "member_mean", "concat", "mean", "member_1", "member_2"}
+RESULTS = {"schema", "method", "variant", "dataset", "arch", "embedding_dim", "image_size", "amp",
+           "seed", "epoch", "clean", "robust", "warnings", "seconds", "peak_gb", "env"}
+SCORES = METRICS | {"NMI_chance", "n_queries", "n_singletons"}
+ENTRY = SCORES | {"protocol", "rule", "attack", "objective", "norm", "eps", "eps_255", "step",
+                  "step_255", "steps", "restarts", "random_start", "seed", "n_queries", "limited",
+                  "seconds"}
+CLOCK = ("seconds", "images_per_second")
 
 
 # ---- helpers
@@ -51,21 +62,26 @@ def pictures(tmp_path_factory):
     return root
 
 
-def flags(pictures, out, *more):
+def flags(pictures, out, *more, method="eat"):
     """The flags of a tiny run; argparse takes the last value of a flag given twice."""
+    own = {"eat": ["--members", "2", "--plain-epochs", "0"],
+           "ensemble": ["--method", "ensemble", "--members", "2"]}.get(method, ["--method", method])
     return ["--dataset", "folder", "--data-root", str(pictures), "--out", str(out),
             "--arch", "convnet", "--weights", "none", "--image-size", "32", "--epochs", "4",
-            "--batch-size", "6", "--attack-steps", "1", "--eval-steps", "1", "--members", "2",
-            "--embedding-dim", "8", "--plain-epochs", "0", "--workers", "0", "--device", "cpu",
-            *more]
+            "--batch-size", "6", "--attack-steps", "1", "--eval-steps", "1",
+            "--embedding-dim", "8", "--workers", "0", "--device", "cpu", *own, *more]
 
 
-def train(*arguments):
-    eat.main(eat.parse_args([str(argument) for argument in arguments]))
+def train(*arguments, script=eat):
+    script.main(script.parse_args([str(argument) for argument in arguments]))
 
 
-def resume(out, *more):
-    train("--resume", "--out", out, *more)
+def train_baseline(method, pictures, out, *more):
+    train(*flags(pictures, out, *more, method=method), script=baselines)
+
+
+def resume(out, *more, script=eat):
+    train("--resume", "--out", out, *more, script=script)
 
 
 def evaluate(*arguments):
@@ -106,6 +122,17 @@ def same_training(first, second):
     parts = ("epoch", "members", "proxies", "optimizers", "schedulers", "state", "classes")
     first, second = saved(first), saved(second)
     return all(same_bits(first[part], second[part]) for part in parts)
+
+
+def same_members(first, second, count=1):
+    """Whether the first `count` networks of two runs ended the same, with their proxies and all."""
+    parts = ("members", "proxies", "optimizers", "schedulers")
+    first, second = saved(first), saved(second)
+    return all(same_bits(first[part][:count], second[part][:count]) for part in parts)
+
+
+def without_clock(lines):
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
 
 
 def without_seconds(results):
@@ -157,6 +184,19 @@ def long_run(pictures, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="session")
+def baseline_run(pictures, tmp_path_factory):
+    """baseline_run(method): a complete run of that method, made once; not to be changed."""
+    root = tmp_path_factory.mktemp("baselines")
+
+    @functools.cache
+    def make(method):
+        train_baseline(method, pictures, root / method)
+        return root / method
+
+    return make
+
+
 @pytest.fixture
 def finished(finished_run, tmp_path):
     return shutil.copytree(finished_run, tmp_path / "finished")
@@ -193,7 +233,7 @@ def in_child(script, arguments, folder, file_limit):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     sys.argv = [f"{script}.py", *map(str, arguments)]
-    module = {"eat": eat, "eval": evaluator}[script]
+    module = {"eat": eat, "baselines": baselines, "eval": evaluator}[script]
     common.run_script(module.parse_args, module.main)
 
 
@@ -269,21 +309,16 @@ def test_last_pt_loads_where_the_project_is_unknown(finished_run, tmp_path):
 
 def test_results_json_has_the_documented_keys(finished_run):
     results = stored(finished_run)
-    assert {"schema", "method", "variant", "dataset", "arch", "embedding_dim", "image_size", "amp",
-            "seed", "epoch", "clean", "robust", "warnings", "seconds", "peak_gb",
-            "env"} <= set(results)
+    assert set(results) == RESULTS | {"undefended"}
     assert (results["method"], results["variant"], results["epoch"]) == ("eat", "", 4)
     assert (results["arch"], results["embedding_dim"], results["image_size"]) == ("convnet", 8, 32)
-    scores = METRICS | {"NMI_chance", "n_queries", "n_singletons"}
-    assert results["clean"]["rule"] == "vote" and scores <= set(results["clean"])
+    assert results["clean"]["rule"] == "vote" and SCORES <= set(results["clean"])
     assert set(results["clean"]["by_rule"]) == RULES
     for by_rule in results["clean"]["by_rule"].values():
-        assert scores <= set(by_rule) and by_rule["n_queries"] == 24
+        assert SCORES <= set(by_rule) and by_rule["n_queries"] == 24
     assert {entry["rule"] for entry in results["robust"]} == RULES
     for entry in results["robust"]:
-        assert {"protocol", "rule", "attack", "objective", "norm", "eps", "eps_255", "step",
-                "step_255", "steps", "restarts", "random_start", "seed", "n_queries", "limited",
-                "seconds"} | scores <= set(entry)
+        assert ENTRY <= set(entry)
         assert entry["protocol"] == "clustering" and entry["steps"] == 1
         assert entry["eps_255"] == pytest.approx(8) and entry["step_255"] == pytest.approx(2)
         assert entry["limited"] is False
@@ -345,10 +380,7 @@ def test_log_lines_after_the_checkpoint_are_dropped(stopped, finished_run):
         file.write('{"epoch": 4, "cle')
     resume(stopped)
     assert same_training(stopped, finished_run)
-    clock = ("seconds", "images_per_second")
-    kept = [[{k: v for k, v in line.items() if k not in clock} for line in log(out)]
-            for out in (stopped, finished_run)]
-    assert kept[0] == kept[1]
+    assert without_clock(log(stopped)) == without_clock(log(finished_run))
 
 
 def test_a_run_killed_before_its_first_checkpoint_takes_its_flags_from_args_json(
@@ -481,7 +513,10 @@ def test_every_option_runs(options, pictures, tmp_path):
     results = stored(tmp_path / "run")
     assert results["epoch"] == 1
     assert results["clean"]["n_queries"] == (8 if "--val-classes" in options else 24)
-    assert results["variant"] == ("nosplit" if "--no-split" in options else "")
+    named = {"--no-split": "nosplit", "--beta 1": "beta1", "--attack-loss pal-pseudo": "pal-pseudo",
+             "--attack-loss pal-label": "pal-label", "--attack-loss pal-batch": "pal-batch",
+             "--own-batches": "ownbatches"}
+    assert results["variant"] == "-".join(word for flag, word in named.items() if flag in options)
     assert results["undefended"]["epochs"] == (1 if "--plain-epochs" in options else 0)
     if "--members 1" in options:
         assert set(results["clean"]["by_rule"]) == {"member_1"}
@@ -634,15 +669,17 @@ def test_no_space_left_is_one_line(name, pictures, tmp_path, monkeypatch, fails)
 
 # ---- (10) two files are enough
 
-def test_eat_and_common_alone_run_to_the_end(pictures, tmp_path):
-    for name in ("eat.py", "common.py"):
+@pytest.mark.parametrize("script, method, row", [("eat.py", "eat", "eat vote"),
+                                                 ("baselines.py", "act", "act ")])
+def test_a_script_and_common_alone_run_to_the_end(script, method, row, pictures, tmp_path):
+    for name in (script, "common.py"):
         shutil.copy(ROOT / name, tmp_path / name)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "eat.py", *flags(pictures, "run", "--epochs", "1")], cwd=tmp_path,
-        capture_output=True, text=True, env={**environment, "OMP_NUM_THREADS": "1"})
+        [sys.executable, script, *flags(pictures, "run", "--epochs", "1", method=method)],
+        cwd=tmp_path, capture_output=True, text=True, env={**environment, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and not done.stderr, done.stderr
-    assert set(contents(tmp_path / "run")) == OUR_FILES and "eat vote" in done.stdout
+    assert set(contents(tmp_path / "run")) == OUR_FILES and row in done.stdout
 
 
 # ---- (11) eval.py
@@ -814,14 +851,14 @@ def test_without_pretrained_weights_nothing_is_frozen_or_warmed_up():
 def test_parts_are_equal_stratified_and_fixed_by_the_seed(parts):
     labels = torch.arange(7).repeat_interleave(torch.tensor([3, 10, 1, 4, 8, 5, 2]))
     labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
-    part = eat.split_by_image(labels, parts, seed=0)
+    part = common.split_by_image(labels, parts, seed=0)
     sizes = torch.bincount(part, minlength=parts)
     assert len(sizes) == parts and sizes.max() - sizes.min() <= 1
     for label in labels.unique():
         own = torch.bincount(part[labels == label], minlength=parts)
         assert own.max() - own.min() <= 1
-    assert torch.equal(part, eat.split_by_image(labels, parts, seed=0))
-    assert parts == 1 or not torch.equal(part, eat.split_by_image(labels, parts, seed=1))
+    assert torch.equal(part, common.split_by_image(labels, parts, seed=0))
+    assert parts == 1 or not torch.equal(part, common.split_by_image(labels, parts, seed=1))
 
 
 def who_saw_what(monkeypatch):
@@ -854,7 +891,7 @@ def test_member_i_never_trains_on_part_i(own_batches, pictures, tmp_path, monkey
     train(*flags(pictures, tmp_path / "run", "--members", "3", "--epochs", "2",
                  *(["--own-batches"] if own_batches else [])))
     labels = torch.arange(3).repeat_interleave(8)
-    part = eat.split_by_image(labels, 3, seed=0).tolist()
+    part = common.split_by_image(labels, 3, seed=0).tolist()
     assert {number for number, _ in calls} == {0, 1, 2}
     for number, rows in calls:
         assert all(part[row] != number for row in rows)
@@ -884,7 +921,416 @@ def test_otherwise_every_member_sees_exactly_the_batch_size(options, pictures, t
 
 def test_members_start_from_different_weights_and_proxies(pictures, tmp_path):
     args = eat.parse_args(flags(pictures, tmp_path / "run"))
-    first, second, again = (eat.build(args, "cpu", i, "none").state_dict() for i in (0, 1, 0))
+    first, second, again = (common.new_member(args, "cpu", i).state_dict() for i in (0, 1, 0))
     assert same_bits(first, again) and not same_bits(first, second)
-    first, second, again = (eat.new_proxies(args, 3, "cpu", i) for i in (0, 1, 0))
+    first, second, again = (common.new_proxies(args, 3, "cpu", i) for i in (0, 1, 0))
     assert torch.equal(first, again) and not torch.equal(first, second)
+
+
+# ---- (15) baselines.py: a run's folder
+
+TERMS = {"natural": {"clean"}, "at": {"clean", "adversarial"}, "mixup": {"mixed"},
+         "iat": {"mixed", "mixed_adversarial"}, "trades": {"clean", "shift"},
+         "ensemble": {"clean", "adversarial"}, "est": {"adversarial"}, "act": {"adversarial"}}
+TRIPLET = ("est", "act")
+every_method = pytest.mark.parametrize("method", TERMS)
+
+
+@pytest.fixture
+def copied(baseline_run, tmp_path):
+    """copied(method): a complete run of it that may be changed."""
+    return lambda method: shutil.copytree(baseline_run(method), tmp_path / f"copied-{method}")
+
+
+@pytest.fixture(scope="session")
+def lone_eat_run(pictures, tmp_path_factory):
+    """EAT with one member, and its undefended network trained as long; not to be changed."""
+    out = tmp_path_factory.mktemp("runs") / "lone"
+    train(*flags(pictures, out, "--members", "1", "--no-split", "--plain-epochs", "4"))
+    return out
+
+
+def test_every_method_is_tested():
+    assert tuple(TERMS) == baselines.METHODS and TRIPLET == baselines.TRIPLET
+
+
+@every_method
+def test_every_method_writes_the_same_four_files(method, baseline_run):
+    out, count = baseline_run(method), 2 if method == "ensemble" else 1
+    assert set(contents(out)) == OUR_FILES
+    assert json.loads((out / "args.json").read_text())["method"] == method
+    checkpoint = saved(out)
+    assert (checkpoint["method"], checkpoint["epoch"]) == (method, 4)
+    sizes = [len(checkpoint[part]) for part in ("members", "proxies", "optimizers", "schedulers")]
+    assert sizes == ([1, 0, 1, 0] if method in TRIPLET else [count] * 4)
+    assert len(common.load_model(out)) == count
+
+
+@every_method
+def test_every_method_logs_the_terms_of_its_loss(method, baseline_run):
+    lines = log(baseline_run(method))
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        assert set(line) == TERMS[method] | {"epoch", "lr", "seconds", "images_per_second",
+                                             "collapse"}
+        assert all(line[term] > 0 for term in TERMS[method]) and -1 <= line["collapse"] <= 1
+    rates = [1e-5] * 4 if method in TRIPLET else [1e-4, 1e-4, 1e-5, 1e-6]
+    assert [line["lr"] for line in lines] == pytest.approx(rates)
+
+
+@every_method
+def test_every_method_reports_on_its_protocols(method, baseline_run):
+    results = stored(baseline_run(method))
+    rules = RULES if method == "ensemble" else {"member_1"}
+    assert set(results) == RESULTS
+    assert (results["method"], results["variant"], results["epoch"]) == (method, "", 4)
+    assert SCORES <= set(results["clean"]) and set(results["clean"]["by_rule"]) == rules
+    protocols = {"clustering", "template"} if method in TRIPLET else {"clustering"}
+    assert {(entry["protocol"], entry["rule"]) for entry in results["robust"]} == \
+        set(itertools.product(protocols, rules))
+    for entry in results["robust"]:
+        assert ENTRY <= set(entry) and entry["steps"] == 1
+        assert entry["eps_255"] == pytest.approx(8) and entry["step_255"] == pytest.approx(2)
+        assert (entry["NMI"] is None) == (entry["protocol"] == "template")
+
+
+@pytest.mark.parametrize("options, variant", [
+    ("natural --crop square", ""), ("natural --val-classes 1", ""), ("natural --amp", ""),
+    ("at --beta 0", "beta0"), ("at --eps-ramp-epochs 2", ""), ("at --eval-every 1", ""),
+    ("at --images-per-class 2", ""), ("at --attack-steps 0 --eps 0", ""),
+    ("mixup --mixup-target embedding", "embedding"), ("mixup --mixup-alpha 0", "alpha0"),
+    ("iat --mixup-alpha 0.2", "alpha0.2"),
+    ("trades --trades-start uniform --trades-lambda 1", "lambda1-uniform"),
+    ("ensemble --members-method natural", "natural"), ("ensemble --split", "split"),
+    ("ensemble --split --batch-size 3 --images-per-class 2", "split"),
+    ("est --source semihard --eval-every 1", "semihard"), ("est --source distance", "distance"),
+    ("est --crop resized --batch-size 4", ""), ("act --source hardest", "hardest"),
+    ("act --source softhard --limit-queries 10", "softhard")])
+def test_every_option_of_the_baselines_runs(options, variant, pictures, tmp_path):
+    method, *more = options.split()
+    train_baseline(method, pictures, tmp_path / "run", "--epochs", "1", *more)
+    results = stored(tmp_path / "run")
+    assert (results["method"], results["variant"], results["epoch"]) == (method, variant, 1)
+    assert results["clean"]["n_queries"] == \
+        (8 if "--val-classes" in more else 10 if "--limit-queries" in more else 24)
+    extra = {"clean_R@1", "clean_mAP@R", "robust_R@1", "robust_mAP@R"}
+    assert (extra <= set(log(tmp_path / "run")[0])) == ("--eval-every" in more)
+
+
+@every_method
+def test_a_dry_run_of_a_method_writes_nothing(method, pictures, tmp_path, capsys):
+    train_baseline(method, pictures, tmp_path / "run", "--dry-run")
+    shown = capsys.readouterr().out
+    assert "one batch of (6, 3, 32, 32)" in shown and "mAP@R" in shown
+    assert all(f"{term} " in shown for term in TERMS[method])
+    assert not (tmp_path / "run").exists()
+
+
+# ---- (16) baselines.py: killed and resumed
+
+@every_method
+def test_a_method_interrupted_and_resumed_ends_bit_for_bit_the_same(method, baseline_run, pictures,
+                                                                    tmp_path):
+    out, whole = tmp_path / "run", baseline_run(method)
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(monkeypatch, 2)
+        train_baseline(method, pictures, out)
+    assert saved(out)["epoch"] == 2
+    resume(out, script=baselines)                # --method comes from the folder too
+    assert same_training(out, whole) and without_clock(log(out)) == without_clock(log(whole))
+    assert without_seconds(stored(out)) == without_seconds(stored(whole))
+
+
+def test_a_killed_ensemble_that_is_resumed_ends_bit_for_bit_the_same(pictures, tmp_path):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    twelve = ("--epochs", "12")
+    process = start("baselines", flags(pictures, killed, *twelve, method="ensemble"),
+                    tmp_path / "output")
+    wait_for_log_lines(process, killed, 2)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not (killed / "results.json").exists()
+    resume(killed, script=baselines)
+    train_baseline("ensemble", pictures, whole, *twelve)
+    assert same_training(killed, whole)
+    assert without_seconds(stored(killed)) == without_seconds(stored(whole))
+
+
+@pytest.mark.parametrize("method", ["ensemble", "est"])
+def test_resuming_a_complete_baseline_prints_its_tables_and_changes_nothing(method, copied, capsys,
+                                                                            monkeypatch):
+    out = copied(method)
+    before = contents(out)
+    monkeypatch.setattr(common, "evaluate_set", must_not_run)
+    monkeypatch.setattr(baselines, "load_batches", must_not_run)
+    resume(out, script=baselines)
+    shown = capsys.readouterr().out
+    assert ("ensemble vote" if method == "ensemble" else "est ") in shown
+    assert ("template: neighbour" in shown) == (method == "est") and "clustering: shift" in shown
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("flag, given, kept", [
+    ("--method", "mixup", "at"), ("--method", "est", "at"), ("--beta", "0.1", "0.5"),
+    ("--lr", "0.5", "0.0001"), ("--crop", "square", "resized")])
+def test_resuming_a_baseline_with_another_value_names_both(flag, given, kept, copied, fails):
+    out = copied("at")
+    before = contents(out)
+    fails(2, [f"{flag} is {given}", kept], baselines, "--resume", "--out", out, flag, given)
+    assert contents(out) == before
+
+
+def test_a_second_baseline_in_the_same_folder_is_refused(copied, pictures, fails):
+    out = copied("at")
+    before = contents(out)
+    for method in ("at", "est"):
+        fails(2, ["--resume", "--overwrite", "--out"], baselines,
+              *flags(pictures, out, method=method))
+    assert contents(out) == before
+
+
+def test_overwrite_replaces_a_run_by_one_of_another_method(copied, pictures):
+    out = copied("at")
+    (out / "notes.txt").write_text("mine")
+    train_baseline("est", pictures, out, "--overwrite", "--epochs", "1")
+    assert set(contents(out)) == OUR_FILES | {"notes.txt"}
+    assert stored(out)["method"] == saved(out)["method"] == "est" and len(log(out)) == 1
+
+
+@pytest.mark.parametrize("has_checkpoint", [True, False])
+@pytest.mark.parametrize("script, other", [(baselines, "eat"), (eat, "at")], ids=["eat", "at"])
+def test_a_run_of_the_other_script_is_not_continued(script, other, has_checkpoint, finished, copied,
+                                                    fails):
+    out = finished if other == "eat" else copied(other)
+    if not has_checkpoint:                       # killed in its first epoch
+        (out / "last.pt").unlink()
+    before = contents(out)
+    fails(2, [f"a run of {other}:", "--out"], script, "--resume", "--out", out)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("method, loss", [("at", "proxy_anchor_loss"), ("est", "triplet_loss")])
+def test_a_baselines_loss_that_is_not_finite_names_the_last_good_checkpoint(
+        method, loss, pictures, tmp_path, monkeypatch, fails):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 2)
+        train_baseline(method, pictures, out)
+    before = (out / "last.pt").read_bytes()
+    monkeypatch.setattr(baselines, loss, lambda rows, *_: rows.sum() * float("nan"))
+    fails(1, ["epoch 3", str(out / "last.pt")], baselines, "--resume", "--out", out)
+    assert (out / "last.pt").read_bytes() == before
+
+
+# ---- (17) baselines.py: user errors: one line, exit code 2, nothing written
+
+@pytest.mark.parametrize("bad, words", [
+    ("natural --method nope", "nope"), ("natural --method", "--method"), ("at --beta 2", "2"),
+    ("natural --beta 0.1", "at, ensemble"), ("at --members 2", "ensemble"),
+    ("at --source hardest", "est, act"), ("est --trades-lambda 1", "trades"),
+    ("ensemble --members 1 --split", "--no-split"), ("ensemble --members 25 --split", "25"),
+    ("ensemble --members-method natural --beta 0.1", "--members-method"),
+    ("est --batch-size 5", "5"), ("act --images-per-class 2", "--images-per-class"),
+    ("at --images-per-class 9", "9"), ("at --val-classes 2", "training class"),
+    ("trades --trades-lambda -1", "-1"), ("mixup --mixup-alpha inf", "inf")])
+def test_a_bad_value_for_a_baseline_is_one_line_and_nothing_is_written(bad, words, pictures,
+                                                                       tmp_path, fails):
+    method, *more = bad.split()
+    fails(2, [words], baselines, *flags(pictures, tmp_path / "run", *more, method=method))
+    assert not contents(tmp_path), "a refused run leaves nothing behind"
+
+
+def test_a_batch_that_only_a_later_member_cannot_have_fails_before_training(pictures, tmp_path,
+                                                                            fails):
+    data = tmp_path / "data"                     # class0 has one image, class1 three: the second
+    for name, count in (("class0", 1), ("class1", 3), ("class2", 4), ("class3", 4)):
+        (data / name).mkdir(parents=True)        # member is left with 1 + 1 of them
+        for i in range(count):
+            shutil.copy(pictures / name / f"{i}.png", data / name)
+    fails(2, ["--images-per-class"], baselines, *flags(
+        data, tmp_path / "run", "--split", "--batch-size", "2", "--images-per-class", "2",
+        method="ensemble"))
+    assert not (tmp_path / "run").exists()
+
+
+# ---- (18) what the methods share
+
+def test_at_is_eat_with_one_member(baseline_run, lone_eat_run):
+    assert same_training(baseline_run("at"), lone_eat_run)
+    assert without_clock(log(baseline_run("at"))) == without_clock(log(lone_eat_run))
+    assert without_seconds(stored(baseline_run("at"))) == without_seconds(stored(lone_eat_run))
+
+
+def test_natural_is_the_undefended_network_of_eat(baseline_run, lone_eat_run):
+    own, undefended = stored(baseline_run("natural")), stored(lone_eat_run)["undefended"]
+    assert undefended["epochs"] == 4 and own["clean"] == undefended["clean"]
+    both = [without_seconds({**own, "robust": r}) for r in (own["robust"], undefended["robust"])]
+    assert both[0] == both[1] and not same_members(baseline_run("natural"), baseline_run("at"))
+
+
+def test_the_first_member_of_an_ensemble_is_the_at_run(baseline_run):
+    assert same_members(baseline_run("at"), baseline_run("ensemble"))
+    members = saved(baseline_run("ensemble"))["members"]
+    assert not same_bits(members[0], members[1])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_members_of_an_ensemble_do_not_influence_each_other(count, baseline_run, pictures,
+                                                            tmp_path):
+    train_baseline("ensemble", pictures, tmp_path / "run", "--members", count)
+    assert same_members(baseline_run("ensemble"), tmp_path / "run", min(count, 2))
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_member_i_of_a_split_ensemble_never_trains_on_part_i(split, pictures, tmp_path,
+                                                             monkeypatch):
+    seen, current = {}, []                       # {network: numbers of its images}, in order
+    load, loss = baselines.load_batches, baselines.at
+
+    def load_and_note(*arguments, **options):
+        for images, labels, rows in load(*arguments, **options):
+            current[:] = rows.tolist()
+            yield images, labels, rows
+
+    def note_and_compute(member, images, *rest):
+        assert len(images) == len(current) == 6
+        seen.setdefault(member, []).extend(current)
+        return loss(member, images, *rest)
+
+    monkeypatch.setattr(baselines, "load_batches", load_and_note)
+    monkeypatch.setattr(baselines, "at", note_and_compute)
+    train_baseline("ensemble", pictures, tmp_path / "run", "--members", "3",
+                   *(["--split"] if split else []))
+    part = common.split_by_image(torch.arange(3).repeat_interleave(8), 3, seed=0).tolist()
+    assert len({tuple(rows) for rows in seen.values()}) == 3         # each draws its own batches
+    for number, rows in enumerate(seen.values()):
+        assert any(part[row] == number for row in rows) is not split
+        assert {part[row] for row in rows} | {number} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("method, options", [
+    ("ensemble", "--workers 2"), ("est", "--workers 2"), ("est", "--workers 1 --cache-gb 0")])
+def test_baselines_do_not_depend_on_the_workers(method, options, baseline_run, pictures, tmp_path):
+    out, usual = tmp_path / "run", baseline_run(method)
+    train_baseline(method, pictures, out, *options.split())
+    assert same_training(out, usual)
+    assert without_seconds(stored(out)) == without_seconds(stored(usual))
+
+
+def test_every_script_keeps_the_books_in_the_same_order():
+    order = ["load_run_data", "claim_folder", "check_same_classes", "pick_device", "restore",
+             "cache_images", "begin_run", "check_finite", "closing_evaluation", "log_epoch",
+             "save_checkpoint", "closing_evaluation", "run_results", "write_atomic"]
+    for script in (eat, baselines):
+        (main,) = [node for node in ast.parse(Path(script.__file__).read_text()).body
+                   if isinstance(node, ast.FunctionDef) and node.name == "main"]
+        calls = [node for node in ast.walk(main) if isinstance(node, ast.Call)
+                 and isinstance(node.func, ast.Attribute) and node.func.attr in order]
+        calls.sort(key=lambda call: (call.lineno, call.col_offset))
+        assert {call.func.value.id for call in calls} == {"common"}
+        assert [name for name, _ in itertools.groupby(call.func.attr for call in calls)] == order
+
+
+# ---- (19) eval.py: many runs in one table
+
+HERE = ("--attack-steps", "1", "--workers", "0")
+
+
+@pytest.fixture
+def table_runs(baseline_run, finished_run, monkeypatch):
+    """Five runs whose attacks are known already: nothing has to be computed."""
+    runs = [*map(baseline_run, ("natural", "at", "ensemble", "est")), finished_run]
+    monkeypatch.setattr(common, "evaluate_set", must_not_run)
+    return runs
+
+
+def first_words(output):
+    """What the rows of a printed table are called."""
+    return [line.split("|")[0].strip() for line in output.splitlines() if line.count("|") == 2][2:]
+
+
+def test_eval_shows_every_method_in_one_table(table_runs, capsys):
+    evaluate(*table_runs, *HERE)
+    output = capsys.readouterr().out
+    ensemble = ["vote", "member_mean", "member_1", "member_2", "concat", "mean"]
+    assert output.count("mAP@R") == 2            # one header: clean and attacked
+    assert sorted(first_words(output)) == sorted(
+        ["natural", "at", "est", *(f"ensemble {rule}" for rule in ensemble),
+         *(f"finished {rule}" for rule in ensemble), "finished not trained"])
+
+
+def test_eval_shows_the_rules_that_are_asked_for(table_runs, capsys):
+    evaluate(*table_runs, *HERE, "--rules", "vote", "concat")
+    assert first_words(capsys.readouterr().out) == [
+        "natural", "at", "ensemble vote", "ensemble concat", "est", "finished vote",
+        "finished concat"]
+
+
+@pytest.mark.parametrize("rules", ["best", "vote best", "member_0", "member_9"])
+def test_a_rule_that_there_is_not_is_one_line(rules, table_runs, fails):
+    fails(2, ["--rules", rules.split()[-1]], evaluator, table_runs[2], *HERE,
+          "--rules", *rules.split())
+
+
+@pytest.fixture
+def seed_runs(baseline_run, pictures, tmp_path):
+    """Two seeds of at and one of est, in folders that are named like a run's own."""
+    for method in ("at", "est"):
+        shutil.copytree(baseline_run(method), tmp_path / f"{method}-s0")
+    train_baseline("at", pictures, tmp_path / "at-s1", "--seed", "1")
+    return [tmp_path / name for name in ("at-s0", "at-s1", "est-s0")]
+
+
+def test_a_table_has_the_flags_of_every_configuration_and_counts_its_seeds(seed_runs, pictures,
+                                                                           tmp_path):
+    evaluate(*seed_runs, *HERE, "--table", tmp_path / "table")
+    content = json.loads((tmp_path / "table.json").read_text())
+    own, rows = content["flags"], content["rows"]
+    assert [(row["name"], row["seeds"]) for row in rows] == [("at", [0, 1]), ("est", [0])]
+    assert list(own) == ["at", "est"] and "flags_of_first_run" not in content
+    assert [(own[name]["method"], own[name]["seed"]) for name in own] == [("at", 0), ("est", 0)]
+    assert own["est"]["crop"] == "square" and own["at"]["data_root"] == pictures.name
+    assert not any("/" in str(value) for flags in own.values() for value in flags.values())
+    text = (tmp_path / "table.md").read_text()
+    assert "| at | " in text and "| est (seeds: 1) | " in text and "; 2 seeds, mean ± std" in text
+    at, est = (line for line in text.splitlines() if line.startswith(("| at ", "| est ")))
+    assert "±" in at and "±" not in est
+
+
+def test_a_table_of_equally_many_seeds_does_not_count_them(seed_runs, tmp_path):
+    evaluate(seed_runs[0], seed_runs[2], *HERE, "--table", tmp_path / "table")
+    text = (tmp_path / "table.md").read_text()
+    assert "| at | " in text and "| est | " in text and "; 1 seed;" in text and "±" not in text
+
+
+def test_a_table_is_put_between_its_marks(table_runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = "# Mine\n\n<!-- other.md -->\n| other ± |\n<!-- end -->\n\n"
+    after = "\n\nNext <!-- third.md -->\n| third |\n<!-- end -->\nno newline at the end"
+    for old in ("", "| old |\n\n| older |\n"):
+        Path("page.md").write_text(f"{before}<!-- own.md -->\n{old}<!-- end -->{after}")
+        evaluate(*table_runs, *HERE, "--table", "own", "--into", "page.md")
+        table = Path("own.md").read_text()
+        assert "| ensemble vote | " in table
+        assert Path("page.md").read_text() == \
+            f"{before}<!-- own.md -->\n{table}<!-- end -->{after}"
+    assert {path.name for path in tmp_path.iterdir()} == {"page.md", "own.md", "own.json"}
+
+
+@pytest.mark.parametrize("page, words", [
+    ("no marks", "own.md"), ("<!-- own.md -->\nno end", "end"), (None, "page.md"),
+    ("<!-- end -->\n<!-- own.md -->\n", "end"), ("<!-- other.md -->\n<!-- end -->\n", "own.md"),
+    ("<!-- own.md -->\n\n<!-- other.md -->\n| other |\n<!-- end -->\n", "own.md")])
+def test_a_page_without_the_marks_is_refused_before_any_attack(page, words, table_runs, tmp_path,
+                                                               monkeypatch, fails):
+    monkeypatch.chdir(tmp_path)
+    if page is not None:
+        Path("page.md").write_text(page)
+    before = contents(tmp_path)
+    fails(2, [words], evaluator, *table_runs, "--attack-steps", "2", "--workers", "0",
+          "--table", "own", "--into", "page.md")
+    assert contents(tmp_path) == before
+
+
+def test_into_without_a_table_is_one_line(tmp_path, fails):
+    fails(2, ["--into", "--table"], evaluator, tmp_path, "--into", "page.md")
