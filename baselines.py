@@ -25,8 +25,9 @@ The first six are the comparison of Ke (arXiv 2501.01025, "EAT paper" below), wh
 classification: Madry et al. 2018 (at), Zhang et al. 2018 (mixup), Lamb et al. 2019 (iat), Zhang et
 al. 2019 (trades). The last two are the comparison of Zhou & Patel (CVPR 2022): Zhou et al., ECCV
 2020 (est) and arXiv 2106.03614 (act). Departures from the papers: README, "Fidelity".
+natural and mixup attack nothing in training: the flags of that attack change nothing there.
 Logged: the terms of the loss, mean over networks; lr; seconds; images per second; collapse, the
-mean cosine of different images of the last batch (1: collapsed).
+mean cosine of two rows of the last batch (1: collapsed).
 """
 
 import argparse
@@ -48,6 +49,7 @@ from common import (
     pgd,
     proxy_anchor_loss,
     seed_torch,
+    shift_objective,
     triplet_loss,
 )
 
@@ -67,8 +69,7 @@ def shift_attack(model, images, eps, step_size, steps, start=None):
     with frozen(model):
         with torch.no_grad():
             clean = model(images)
-        return pgd(common.shift_objective([model], [clean]), images, eps, step_size, steps,
-                   start=start)
+        return pgd(shift_objective([model], [clean]), images, eps, step_size, steps, start=start)
 
 
 def at(model, images, labels, proxies, eps, step_size, steps, beta=0.5):
@@ -77,6 +78,12 @@ def at(model, images, labels, proxies, eps, step_size, steps, beta=0.5):
     clean = proxy_anchor_loss(model(images), labels, proxies)
     robust = proxy_anchor_loss(model(adversarial), labels, proxies)
     return beta * clean + (1 - beta) * robust, {"clean": clean, "adversarial": robust}
+
+
+def draw_mixture(images, alpha):
+    """w ~ Beta(alpha, alpha), one a batch (alpha 0: w = 1), and every image's partner (B,)."""
+    weight = float(torch.distributions.Beta(alpha, alpha).sample()) if alpha else 1.0
+    return weight, torch.randperm(len(images)).to(images.device)
 
 
 def mixup(model, images, labels, proxies, weight, order, target="label"):
@@ -104,10 +111,10 @@ def iat(model, images, labels, proxies, weight, order, eps, step_size, steps):
     return (clean + robust) / 2, {"mixed": clean, "mixed_adversarial": robust}
 
 
-def trades(model, images, labels, proxies, eps, step_size, steps, weight=6.0, start="gauss"):
+def trades(model, images, labels, proxies, eps, step_size, steps, strength=6.0, start="gauss"):
     """L(F(x), y) + lambda mean ||F(x_adv) - F(x)||^2; EAT paper, Eq. (8).
 
-    weight: lambda; the gradient goes through both embeddings. start of the attack: "gauss", the
+    strength: lambda; the gradient goes through both embeddings. start of the attack: "gauss", the
     image plus noise of standard deviation 0.001, or "uniform" in the ball.
     """
     noisy = images + 0.001 * torch.randn_like(images) if start == "gauss" else None
@@ -115,20 +122,23 @@ def trades(model, images, labels, proxies, eps, step_size, steps, weight=6.0, st
     embeddings = model(images)
     clean = proxy_anchor_loss(embeddings, labels, proxies)
     shift = (model(adversarial) - embeddings).square().sum(1).mean()
-    return clean + weight * shift, {"clean": clean, "shift": shift}
+    return clean + strength * shift, {"clean": clean, "shift": shift}
 
 
 # est and act see pairs: rows 2i and 2i + 1 are of one class; anchors are the even rows.
 
 def mine_pairs(embeddings, labels, source):
-    """One triplet per pair; its positive is the partner, except that softhard draws its own."""
+    """One triplet per pair that has a negative in the batch.
+
+    The positive is the partner, except that softhard draws its own.
+    """
     even = torch.arange(0, len(labels), 2, device=labels.device)
     return mine_triplets(embeddings, labels, source, anchors=even, positives=even + 1,
-                         cutoffs=(None, None))
+                         cutoffs=(None, None))                  # Zhou & Patel's have no cutoffs
 
 
 def est(model, images, labels, source, eps, step_size, steps):
-    """max(0, d(a_adv, p_adv) - d(a_adv, n_adv) + margin); Zhou et al., ECCV 2020.
+    """max(0, d(a_adv, p_adv) - d(a_adv, n_adv) + 0.2); Zhou et al., ECCV 2020.
 
     Every image moves away from its own F(x); triplets are mined among the moved embeddings.
     """
@@ -139,7 +149,7 @@ def est(model, images, labels, source, eps, step_size, steps):
 
 
 def act(model, images, labels, source, eps, step_size, steps):
-    """max(0, d(a, p_adv) - d(a, n_adv) + margin); Zhou et al., arXiv 2106.03614.
+    """max(0, d(a, p_adv) - d(a, n_adv) + 0.2); Zhou et al., arXiv 2106.03614.
 
     Triplets are mined among the clean embeddings, then p and n are moved together to minimise
     d(p_adv, n_adv), from zero. The anchor stays clean.
@@ -205,8 +215,8 @@ def parse_args(argv=None):
                         help="train without an attack first (not in the papers, which start from "
                              "ImageNet weights; triplets need it from a random start)")
     method.add_argument("--eps-ramp-epochs", type=common.number(int, 0), default=0,
-                        help="then let --eps and --step-size grow from 0 over so many epochs (not "
-                             "in the papers; short runs and small networks need it)")
+                        help="then let --eps and --step-size grow over so many epochs, 0 in the "
+                             "first (not in the papers; short runs and small networks need it)")
     args = common.parse_run(parser, argv, run_name, SMALL_TRIPLET if triplets else SMALL, METHODS)
     for name, methods in BELONGS.items():
         if args.method not in methods and getattr(args, name) != parser.get_default(name):
@@ -216,9 +226,9 @@ def parse_args(argv=None):
         parser.error("--beta weighs the terms of at: drop it with --members-method natural")
     if args.split and args.members == 1:
         parser.error("--members 1 has nothing to split: drop --split")
-    if args.method in TRIPLET and args.batch_size < 4:
-        parser.error(f"--batch-size {args.batch_size} leaves no negative: {args.method} draws "
-                     f"pairs, give at least 4")
+    if args.method in TRIPLET and (args.batch_size < 4 or args.batch_size % 2):
+        parser.error(f"--batch-size {args.batch_size}: {args.method} draws pairs of one class; "
+                     f"give an even number, at least 4")
     if args.method in TRIPLET and args.images_per_class:
         parser.error(f"--images-per-class: {args.method} draws pairs of one class; drop it")
     if args.images_per_class > args.batch_size:
@@ -243,22 +253,38 @@ def run_name(args):
 
 def main(args):
     train, test = common.load_run_data(args)
-    if len(train.classes) < 2:
-        raise UserError(f"{args.dataset} has {len(train.classes)} training class: give data with "
-                        f"at least 2")
+    triplets = args.method in TRIPLET
+    usable = int((train.labels.bincount() >= (2 if triplets else 1)).sum())
+    if usable < 2:
+        raise UserError(f"{args.dataset} leaves {usable} class to train on"
+                        f"{' that has two images' if triplets else ''}: give data with at least 2, "
+                        f"or lower --val-classes")
     if args.split and args.members > len(train):
         raise UserError(f"--members {args.members} is more than the {len(train)} training images: "
                         f"lower it")
     checkpoint = common.claim_folder(args)
     common.check_same_classes(checkpoint, train)
-    out, triplets = Path(args.out), args.method in TRIPLET
+    out = Path(args.out)
     protocols = ("clustering", "template") if triplets else ("clustering",)
     if checkpoint and checkpoint["epoch"] == args.epochs and (out / "results.json").exists():
         print(f"{out} is complete:")
         return common.report(common.read_json(out / "results.json"), run_name(args), test, args,
                              protocols)
-    device = common.pick_device(args.device, args.deterministic)
     count = args.members if args.method == "ensemble" else 1
+    pools = [torch.arange(len(train))] * count                  # the images each network sees
+    if args.split:
+        part = common.split_by_image(train.labels, count, args.seed)
+        pools = [(part != i).nonzero()[:, 0] for i in range(count)]
+
+    def draw(epoch, i):
+        if triplets:
+            return common.pair_batches(train.labels, args.batch_size, args.seed, epoch)
+        return common.epoch_batches(args, train.labels, epoch, batch_size=args.batch_size,
+                                    pool=pools[i], member=i)
+
+    for i in range(count):
+        draw(0, i)                                              # an impossible batch fails here
+    device = common.pick_device(args.device, args.deterministic)
     members = [common.new_member(args, device, i, "none" if checkpoint else args.weights)
                for i in range(count)]
     if triplets:                                                # Zhou & Patel: Adam, constant lr
@@ -270,19 +296,6 @@ def main(args):
         optimizers = [common.proxy_optimizer(args, *pair) for pair in zip(members, proxies)]
         schedulers = [common.drop_schedule(args.epochs, optimizer) for optimizer in optimizers]
     epoch = common.restore(checkpoint, members, proxies, optimizers, schedulers)
-    part = common.split_by_image(train.labels, count if args.split else 1, args.seed)
-    pools = [(part != i).nonzero()[:, 0] if args.split else torch.arange(len(train))
-             for i in range(count)]
-
-    def draw(epoch, i):
-        purpose = common.BATCHES + common.MEMBER * i
-        if triplets:
-            return common.pair_batches(train.labels, args.batch_size, args.seed, epoch, purpose)
-        return common.epoch_batches(args, train.labels, epoch, batch_size=args.batch_size,
-                                    pool=pools[i], member=i)
-
-    for i in range(count):
-        draw(0, i)                                              # an impossible batch fails here
     if args.dry_run:
         args.warmup_epochs = args.benign_epochs = args.eps_ramp_epochs = 0  # a full step
     else:
@@ -298,11 +311,11 @@ def main(args):
 
     while epoch < args.epochs:
         epoch_started, seen, steps, totals = time.perf_counter(), 0, 0, {}
-        attacked = epoch - args.benign_epochs                   # epochs with an attack so far
-        ramp = min(max(attacked / args.eps_ramp_epochs, 0), 1) if args.eps_ramp_epochs \
-            else int(attacked >= 0)
+        ramp = float(epoch >= args.benign_epochs)
+        if args.eps_ramp_epochs:
+            ramp = min(max(epoch - args.benign_epochs, 0) / args.eps_ramp_epochs, 1)
         attack = ramp * args.eps, ramp * args.step_size, args.attack_steps if ramp else 0
-        for i, (member, own) in enumerate(zip(members, proxies)):      # each as if it were alone
+        for i, (member, anchors) in enumerate(zip(members, proxies)):     # each as if alone
             seed_torch(args.seed, epoch, common.TRAIN + common.MEMBER * i)
             common.train_mode(member, args.freeze_bn)
             member.amp = args.amp
@@ -313,25 +326,26 @@ def main(args):
                                   device=device)
             for images, labels, rows in common.progress(stream, f"epoch {epoch + 1}", len(batches)):
                 if method == "natural":
-                    loss, terms = natural(member, images, labels, own)
+                    loss, terms = natural(member, images, labels, anchors)
                 elif method == "at":
-                    loss, terms = at(member, images, labels, own, *attack, args.beta)
+                    loss, terms = at(member, images, labels, anchors, *attack, args.beta)
                 elif method == "mixup":
-                    loss, terms = mixup(member, images, labels, own, *mixing(args, images),
-                                        args.mixup_target)
+                    loss, terms = mixup(member, images, labels, anchors,
+                                        *draw_mixture(images, args.mixup_alpha), args.mixup_target)
                 elif method == "iat":
-                    loss, terms = iat(member, images, labels, own, *mixing(args, images), *attack)
+                    loss, terms = iat(member, images, labels, anchors,
+                                      *draw_mixture(images, args.mixup_alpha), *attack)
                 elif method == "trades":
-                    loss, terms = trades(member, images, labels, own, *attack, args.trades_lambda,
-                                         args.trades_start)
+                    loss, terms = trades(member, images, labels, anchors, *attack,
+                                         args.trades_lambda, args.trades_start)
                 elif method == "est":
                     loss, terms = est(member, images, labels, args.source, *attack)
                 else:
                     loss, terms = act(member, images, labels, args.source, *attack)
                 optimizers[i].zero_grad(set_to_none=True)
                 loss.backward()
-                if own is not None:
-                    nn.utils.clip_grad_value_([*member.parameters(), own], 10)
+                if anchors is not None:
+                    nn.utils.clip_grad_value_([*member.parameters(), anchors], 10)
                 optimizers[i].step()
                 for name, value in terms.items():
                     totals[name] = totals.get(name, 0) + value.detach()
@@ -340,20 +354,20 @@ def main(args):
         for scheduler in schedulers:
             scheduler.step()
         epoch += 1
-        terms = {name: float(total) / steps for name, total in totals.items()}
+        means = {name: float(total) / steps for name, total in totals.items()}
         collapse = common.mean_cosine(common.embed(members[-1:], [(images, labels, rows)])[0])
-        common.check_finite(sum(terms.values()) + collapse, epoch, out)
+        common.check_finite(sum(means.values()) + collapse, epoch, out)
         seconds = time.perf_counter() - epoch_started
-        record = {"epoch": epoch, **terms, "lr": lr, "seconds": round(seconds, 3),
+        record = {"epoch": epoch, **means, "lr": lr, "seconds": round(seconds, 3),
                   "images_per_second": round(seen / seconds, 1), "collapse": collapse}
         if args.dry_run:
-            shown = ", ".join(f"{name} {value:.3f}" for name, value in terms.items())
+            shown = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
             print(f"one batch of {tuple(images.shape)}: {shown}, {seconds:.2f} s, "
-                  f"{common.peak_gb(device):.2f} GB")
+                  f"{common.peak_gb(device) or float('nan'):.2f} GB")
             break
         if args.eval_every and epoch % args.eval_every == 0:
             record |= common.quick_scores(
-                common.closing_evaluation(args, members, test, device, protocols))
+                common.closing_evaluation(args, members, test, device))
         common.log_epoch(args, record)
         common.save_checkpoint(args, method=args.method, epoch=epoch, members=members,
                                proxies=[] if triplets else proxies, optimizers=optimizers,
@@ -370,13 +384,6 @@ def main(args):
     if not args.dry_run:
         common.write_atomic(out / "results.json", json.dumps(results, indent=1).encode())
     common.report(results, run_name(args), test, args, protocols)
-
-
-def mixing(args, images):
-    """w ~ Beta(alpha, alpha) and the partner x' of every image, for one batch."""
-    alpha = args.mixup_alpha
-    weight = float(torch.distributions.Beta(alpha, alpha).sample()) if alpha else 1.0
-    return weight, torch.randperm(len(images)).to(images.device)
 
 
 if __name__ == "__main__":

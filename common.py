@@ -52,7 +52,7 @@ class RunFailed(RuntimeError):
 
 # ---- randomness: every stream is a function of (seed, epoch, purpose), so resuming needs no state
 DATA, SPLIT, BATCHES, AUGMENT, TRAIN, EVALUATE, INITIAL, PROXIES = range(8)
-MEMBER = 100                                        # INITIAL and BATCHES of member i: + MEMBER * i
+MEMBER = 100                                        # a purpose for member i: + MEMBER * i
 
 
 def random_stream(seed: int, epoch: int, purpose: int, index: int = 0) -> np.random.Generator:
@@ -609,8 +609,7 @@ def class_balanced_batches(labels: Tensor, batch_size: int, images_per_class: in
     return batches
 
 
-def pair_batches(labels: Tensor, batch_size: int, seed: int, epoch: int,
-                 purpose: int = BATCHES) -> list[Tensor]:
+def pair_batches(labels: Tensor, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
     """Batches of pairs, [a0, p0, a1, p1, ...]: every image once as a, with a random other image of
     its class (Zhou & Patel's batches: classes may repeat in one, the last may be smaller).
 
@@ -620,7 +619,7 @@ def pair_batches(labels: Tensor, batch_size: int, seed: int, epoch: int,
     if batch_size % 2:
         raise UserError(f"--batch-size {batch_size} is odd: batches are made of pairs; change it "
                         f"by one")
-    stream = random_stream(seed, epoch, purpose)
+    stream = random_stream(seed, epoch, BATCHES)
     labels = labels.numpy()
     order = np.argsort(labels, kind="stable")                    # class after class
     size, start = np.bincount(labels), np.searchsorted(labels[order], labels)
@@ -1824,7 +1823,8 @@ def base_parser(description=None) -> Parser:
                       help="side S of the network's input; test images: Resize(256 S / 224), crop")
     data.add_argument("--crop", choices=("resized", "square"), default="resized",
                       help="training view: RandomResizedCrop, or a random S x S crop of the whole "
-                           "photo squashed to a square, which test images are then too")
+                           "photo squashed to a square, which test images are then too (photos "
+                           "only)")
     data.add_argument("--cache-gb", type=number(float, 0), default=4.0,
                       help="decode images once when they fit in this memory; 0: each time")
     data.add_argument("--workers", type=number(int, 0, 256), default=2,
@@ -1863,7 +1863,7 @@ def base_parser(description=None) -> Parser:
     attack.add_argument("--attack-steps", type=number(int, 0), default=10,
                         help="training: steps of the inner maximisation")
     attack.add_argument("--eval-eps", type=fraction, default=8 / 255, metavar="8/255",
-                        help="closing evaluation: radius of the ball")
+                        help="closing evaluation, every protocol: radius of the ball")
     attack.add_argument("--eval-step-size", type=fraction, default=2 / 255, metavar="2/255",
                         help="closing evaluation: size of a step")
     attack.add_argument("--eval-steps", type=number(int, 0), default=10,

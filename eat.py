@@ -139,16 +139,8 @@ def main(args):
     if checkpoint and checkpoint["epoch"] == args.epochs and (out / "results.json").exists():
         print(f"{out} is complete:")
         return report(common.read_json(out / "results.json"), test, args)
-    device = common.pick_device(args.device, args.deterministic)
-    count = args.members
-    members = [common.new_member(args, device, i, "none" if checkpoint else args.weights)
-               for i in range(count)]
-    proxies = [common.new_proxies(args, len(train.classes), device, i) for i in range(count)]
-    optimizers = [common.proxy_optimizer(args, *pair) for pair in zip(members, proxies)]
-    schedulers = [common.drop_schedule(args.epochs, optimizer) for optimizer in optimizers]
-    plain = common.new_member(args, device)                    # the closing table's first row
-    epoch = common.restore(checkpoint, members, proxies, optimizers, schedulers)
 
+    count = args.members
     # One shared batch a step, drawn so large that a member sees batch_size of it; with
     # --own-batches one batch per member, out of the images it trains on.
     part = common.split_by_image(train.labels, count if args.split else 1, args.seed)
@@ -166,6 +158,15 @@ def main(args):
                                      member=i) for i, pool in enumerate(pools)]
 
     draw(0)                                                     # an impossible batch fails here
+
+    device = common.pick_device(args.device, args.deterministic)
+    members = [common.new_member(args, device, i, "none" if checkpoint else args.weights)
+               for i in range(count)]
+    proxies = [common.new_proxies(args, len(train.classes), device, i) for i in range(count)]
+    optimizers = [common.proxy_optimizer(args, *pair) for pair in zip(members, proxies)]
+    schedulers = [common.drop_schedule(args.epochs, optimizer) for optimizer in optimizers]
+    plain = common.new_member(args, device)                    # the closing table's first row
+    epoch = common.restore(checkpoint, members, proxies, optimizers, schedulers)
     if args.dry_run:
         args.warmup_epochs = args.eps_ramp_epochs = 0           # measure a full step
     else:
@@ -223,7 +224,7 @@ def main(args):
                   "images_per_second": round(seen / seconds, 1), "collapse": collapse}
         if args.dry_run:
             print(f"one batch of {tuple(step[0][0].shape)}: clean {clean:.3f}, adversarial "
-                  f"{robust:.3f}, {seconds:.2f} s, {common.peak_gb(device):.2f} GB")
+                  f"{robust:.3f}, {seconds:.2f} s, {common.peak_gb(device) or float('nan'):.2f} GB")
             break
         if args.eval_every and epoch % args.eval_every == 0:
             record |= common.quick_scores(

@@ -18,6 +18,7 @@ A run's folder gets its new entries in results.json; one that is there already i
 import argparse
 import glob
 import json
+import os
 import re
 import shlex
 import statistics
@@ -162,8 +163,8 @@ def parse_args(argv=None):
     output.add_argument("--table", default=None, metavar="NAME",
                         help="write NAME.json and NAME.md: mean and standard deviation over seeds")
     output.add_argument("--into", default=None, metavar="FILE",
-                        help="with --table: put the table into this Markdown file, between the "
-                             "lines <!-- NAME.md --> and <!-- end -->")
+                        help="put the table of --table into this Markdown file, between the line "
+                             "<!-- NAME.md --> (NAME as given there) and <!-- end -->")
     output.add_argument("--rules", nargs="+", type=inference_rule, default=None, metavar="RULE",
                         help="show these inference rules of ensembles alone: vote, member_mean, "
                              "concat, mean, member_1 ..., and no undefended rows")
@@ -191,8 +192,8 @@ def main(args):
             raise UserError(f"{flag} {target}: not a file in a folder that exists; create it")
     if args.into:
         insert_table(Path(args.into), args.table, None)                   # both marks are there
-    runs = [run for pattern in args.runs for run in sorted(glob.glob(pattern)) or [pattern]
-            if has_checkpoint(run)]
+    named = (run for pattern in args.runs for run in sorted(glob.glob(pattern)) or [pattern])
+    runs = [run for run in dict.fromkeys(map(os.path.normpath, named)) if has_checkpoint(run)]
     checkpoints = [common.load_checkpoint(run) for run in runs]           # all, before any work
     if not runs:
         raise UserError("no run has a checkpoint yet: wait for its first epoch")

@@ -1,4 +1,4 @@
-"""Puts the repository root on the import path and keeps torch on two threads."""
+"""Puts the repository root on the import path and keeps torch on one thread."""
 
 import sys
 from pathlib import Path

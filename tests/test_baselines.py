@@ -3,7 +3,6 @@
 Oracles: losses written out with loops, finite differences, and closed forms on linear models.
 """
 
-from argparse import Namespace
 
 import pytest
 import torch
@@ -258,13 +257,12 @@ def test_the_embedding_target_of_mixup_is_the_mixed_embedding(batch):
 @pytest.mark.parametrize("alpha, variance", [(1, 1 / 12), (0.2, 1 / 5.6)])
 def test_the_mixing_weight_is_beta_distributed_and_the_partners_are_a_permutation(alpha, variance):
     torch.manual_seed(0)
-    weights, orders = zip(*(baselines.mixing(Namespace(mixup_alpha=alpha), torch.zeros(6))
-                            for _ in range(1000)))
+    weights, orders = zip(*(baselines.draw_mixture(torch.zeros(6), alpha) for _ in range(1000)))
     assert torch.tensor(weights).mean() == pytest.approx(0.5, abs=0.05)
     assert torch.tensor(weights).var() == pytest.approx(variance, rel=0.1)
     assert all(sorted(order.tolist()) == list(range(6)) for order in orders)
     assert len({tuple(order.tolist()) for order in orders}) > 400
-    assert baselines.mixing(Namespace(mixup_alpha=0), torch.zeros(6))[0] == 1
+    assert baselines.draw_mixture(torch.zeros(6), 0)[0] == 1
 
 
 def test_trades_adds_the_mean_squared_distance_with_a_gradient_through_both_embeddings(

@@ -1084,11 +1084,6 @@ def test_partners_are_uniform_over_the_other_images_and_the_order_is_shuffled():
                 assert len(counts) == 1 or stats.chisquare(counts.tolist()).pvalue > 1e-4
 
 
-def test_pairs_change_with_the_purpose():
-    one, other = (pair_batches(labels_of([10] * 10), 200, 0, 0, purpose)[0] for purpose in (2, 102))
-    assert not torch.equal(one, other)
-
-
 @pytest.mark.parametrize("sizes, batch_size", [([1] * 9, 4), ([9] * 4, 5)], ids=["single", "odd"])
 def test_pairs_that_cannot_be_made_are_an_error(sizes, batch_size):
     with pytest.raises(UserError) as caught:
