@@ -20,8 +20,11 @@ SOURCES = sorted(ROOT.glob("*.py"))
 
 
 def commands(text):
-    found = re.findall(r"(?:^    |`)(?:uv run|python) (\w+\.py[^`\n]*)", text, re.M)
-    return [shlex.split(re.sub(r"--seed S\b", "--seed 0", line.split("   #")[0])) for line in found]
+    """The command lines of a text, those of its shell loops with the first values."""
+    for variable, first in (("$method", "natural"), ("$seed", "0")):
+        text = text.replace(variable, first)
+    found = re.findall(r"(?:^ {4,}|`)(?:uv run|python) (\w+\.py[^`\n]*)", text, re.M)
+    return [shlex.split(line.split("   #")[0]) for line in found]
 
 
 @pytest.mark.parametrize("command", commands(README), ids=" ".join)

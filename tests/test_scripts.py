@@ -731,6 +731,13 @@ def test_eval_shows_two_runs_in_one_table(finished, tmp_path, capsys):
     assert output.count("mAP@R") == 2            # one header: clean and attacked
 
 
+def test_eval_takes_patterns_and_counts_a_run_once(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "final")
+    evaluate(tmp_path / "fin*", f"{finished}/", "--attack-steps", "1", "--workers", "0")
+    output = capsys.readouterr().out
+    assert output.count("final vote") == output.count("finished vote") == 1
+
+
 def test_eval_of_a_bare_checkpoint_only_prints(finished, tmp_path, capsys):
     bare = shutil.copy(finished / "last.pt", tmp_path / "model.pt")
     before = contents(tmp_path)
@@ -1107,6 +1114,19 @@ def test_a_run_of_the_other_script_is_not_continued(script, other, has_checkpoin
     before = contents(out)
     fails(2, [f"a run of {other}:", "--out"], script, "--resume", "--out", out)
     assert contents(out) == before
+
+
+def test_too_few_classes_to_train_on_are_one_line(pictures, tmp_path, fails):
+    out = tmp_path / "run"
+    fails(2, ["1 class", "--val-classes"], baselines, *flags(pictures, out, "--val-classes", "2",
+                                                             method="at"))
+    root = shutil.copytree(pictures, tmp_path / "pictures")
+    for label in (1, 2):                         # one image each: pairs are of class0 alone
+        for picture in sorted((root / f"class{label}").iterdir())[1:]:
+            picture.unlink()
+    fails(2, ["1 class", "that has two images"], baselines, *flags(root, out, "--batch-size", "4",
+                                                         method="act"))
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("method, loss", [("at", "proxy_anchor_loss"), ("est", "triplet_loss")])
