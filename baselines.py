@@ -175,8 +175,8 @@ TRIPLET_RECIPE = dict(arch="resnet18", embedding_dim=512, crop="square", epochs=
 # For generated data, on a CPU: eat.py's, and more epochs for triplets, which start slowly.
 SMALL = dict(arch="convnet", pool="avgmax", image_size=32, embedding_dim=64, epochs=12,
              batch_size=30, lr=2e-3, eps=8 / 255, step_size=2 / 255, attack_steps=4,
-             eps_ramp_epochs=4)
-SMALL_TRIPLET = SMALL | dict(epochs=20, lr=1e-3, benign_epochs=10)
+             eps_ramp_epochs=4, plain_epochs=12)
+SMALL_TRIPLET = SMALL | dict(epochs=20, lr=1e-3, benign_epochs=10, plain_epochs=20)
 # Which methods a flag belongs to.
 BELONGS = {"beta": ("at", "ensemble"), "mixup_alpha": ("mixup", "iat"), "mixup_target": ("mixup",),
            "trades_lambda": ("trades",), "trades_start": ("trades",), "members": ("ensemble",),
@@ -217,6 +217,9 @@ def parse_args(argv=None):
     method.add_argument("--eps-ramp-epochs", type=common.number(int, 0), default=0,
                         help="then let --eps and --step-size grow over so many epochs, 0 in the "
                              "first (not in the papers; short runs and small networks need it)")
+    method.add_argument("--plain-epochs", type=common.number(int, 0), default=0,
+                        help="closing table: train an undefended network for so long (0: show the "
+                             "starting weights); natural has no such row")
     args = common.parse_run(parser, argv, run_name, SMALL_TRIPLET if triplets else SMALL, METHODS)
     for name, methods in BELONGS.items():
         if args.method not in methods and getattr(args, name) != parser.get_default(name):
@@ -271,33 +274,30 @@ def main(args):
         return common.report(common.read_json(out / "results.json"), run_name(args), test, args,
                              protocols)
     count = args.members if args.method == "ensemble" else 1
-    pools = [torch.arange(len(train))] * count                  # the images each network sees
+    everything = torch.arange(len(train))
+    pools = [everything] * count                                # the images each network sees
     if args.split:
         part = common.split_by_image(train.labels, count, args.seed)
         pools = [(part != i).nonzero()[:, 0] for i in range(count)]
 
-    def draw(epoch, i):
+    def draw(epoch, i, pool):
         if triplets:
             return common.pair_batches(train.labels, args.batch_size, args.seed, epoch)
         return common.epoch_batches(args, train.labels, epoch, batch_size=args.batch_size,
-                                    pool=pools[i], member=i)
+                                    pool=pool, member=i)
 
     for i in range(count):
-        draw(0, i)                                              # an impossible batch fails here
+        draw(0, i, pools[i])                                    # an impossible batch fails here
     device = common.pick_device(args.device, args.deterministic)
     members = [common.new_member(args, device, i, "none" if checkpoint else args.weights)
                for i in range(count)]
-    if triplets:                                                # Zhou & Patel: Adam, constant lr
-        proxies, schedulers = [None], []
-        optimizers = [torch.optim.Adam(members[0].parameters(), lr=args.lr,
-                                       weight_decay=args.weight_decay)]
-    else:
-        proxies = [common.new_proxies(args, len(train.classes), device, i) for i in range(count)]
-        optimizers = [common.proxy_optimizer(args, *pair) for pair in zip(members, proxies)]
-        schedulers = [common.drop_schedule(args.epochs, optimizer) for optimizer in optimizers]
+    classes = len(train.classes)
+    proxies, optimizers, schedulers = zip(*(recipe(args, member, classes, device, args.epochs, i)
+                                            for i, member in enumerate(members)))
+    plain = common.new_member(args, device)                     # the closing table's first row
     epoch = common.restore(checkpoint, members, proxies, optimizers, schedulers)
     if args.dry_run:
-        args.warmup_epochs = args.benign_epochs = args.eps_ramp_epochs = 0  # a full step
+        args.warmup_epochs = args.benign_epochs = args.eps_ramp_epochs = args.plain_epochs = 0
     else:
         common.cache_images([train, test, test.gallery], args.cache_gb, args.workers)
         common.begin_run(args, args.method, device, checkpoint)
@@ -321,7 +321,7 @@ def main(args):
             member.amp = args.amp
             member.backbone.requires_grad_(epoch >= args.warmup_epochs)
             method = args.members_method if args.method == "ensemble" else args.method
-            batches = draw(epoch, i)[:1 if args.dry_run else None]
+            batches = draw(epoch, i, pools[i])[:1 if args.dry_run else None]
             stream = load_batches(train, batches, args.seed, epoch, workers=args.workers,
                                   device=device)
             for images, labels, rows in common.progress(stream, f"epoch {epoch + 1}", len(batches)):
@@ -376,14 +376,55 @@ def main(args):
     started = time.perf_counter()
     if args.dry_run:
         test = common.balanced_subset(test, max(args.batch_size, 2))
+    undefended = None
+    if args.method != "natural":                                # which would be that row itself
+        train_plain(args, plain, train, device, lambda epoch: draw(epoch, 0, everything))
+        undefended = common.closing_evaluation(args, [plain], test, device, protocols)
     clean, robust, alerts = common.closing_evaluation(args, members, test, device, protocols)
     seconds = sum(line["seconds"] for line in common.read_log(out)) + time.perf_counter() - started
     variant = run_name(args).removeprefix(args.method).removeprefix("-")
     results = common.run_results(args, args.method, variant, epoch, clean, robust, alerts, seconds,
                                  device)
+    if undefended:
+        results["undefended"] = {"epochs": args.plain_epochs, "clean": undefended[0],
+                                 "robust": undefended[1]}
     if not args.dry_run:
         common.write_atomic(out / "results.json", json.dumps(results, indent=1).encode())
     common.report(results, run_name(args), test, args, protocols)
+
+
+def recipe(args, member, classes, device, epochs, i=0):
+    """Proxies (triplets: None), optimiser and schedule of network i."""
+    if args.method in TRIPLET:                                  # Zhou & Patel: Adam, constant lr
+        optimizer = torch.optim.Adam(member.parameters(), lr=args.lr,
+                                     weight_decay=args.weight_decay)
+        return None, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
+    proxies = common.new_proxies(args, classes, device, i)
+    optimizer = common.proxy_optimizer(args, member, proxies)
+    return proxies, optimizer, common.drop_schedule(epochs, optimizer)
+
+
+def train_plain(args, member, train, device, draw):
+    """The closing table's undefended network: the same recipe without an attack."""
+    proxies, optimizer, scheduler = recipe(args, member, len(train.classes), device,
+                                           args.plain_epochs)
+    for epoch in range(args.plain_epochs):
+        seed_torch(args.seed, epoch, common.TRAIN)
+        common.train_mode(member, args.freeze_bn)
+        member.amp = args.amp
+        member.backbone.requires_grad_(epoch >= args.warmup_epochs)
+        for images, labels, _ in load_batches(train, draw(epoch), args.seed, epoch,
+                                              workers=args.workers, device=device):
+            if proxies is None:
+                loss, _ = est(member, images, labels, args.source, 0, 0, 0)     # plain triplets
+            else:
+                loss, _ = natural(member, images, labels, proxies)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if proxies is not None:
+                nn.utils.clip_grad_value_([*member.parameters(), proxies], 10)
+            optimizer.step()
+        scheduler.step()
 
 
 if __name__ == "__main__":

@@ -2338,15 +2338,15 @@ def closing_evaluation(args, members, test, device, protocols=("clustering",)):
                         ks=KS.get(args.dataset, (1, 2, 4, 8)), seed=args.seed)
 
 
-def report(results, label, test, args, protocols=("clustering",), undefended=None) -> None:
-    """Print a run's closing tables, one per protocol, and its warnings.
-
-    undefended: (label, results) of a network to show first.
-    """
-    shown = [undefended] if undefended else []
+def report(results, label, test, args, protocols=("clustering",)) -> None:
+    """Print a run's closing tables, one per protocol, an undefended network first; and warnings."""
+    shown, undefended = [(label, results)], results.get("undefended")
+    if undefended:
+        epochs = undefended["epochs"]
+        shown = [(f"undefended, {epochs} epochs" if epochs else "not trained", undefended), *shown]
     for protocol in protocols:
         attack, rows = closing_attack(args, protocol), []
-        for name, own in [*shown, (label, results)]:
+        for name, own in shown:
             robust = entries_of(own["robust"], attack, results["clean"]["n_queries"])
             rows += results_table({**own, "robust": robust}, name)
         print(f"\n{describe(test, args)}; {attack}; in %, NMI by chance "

@@ -138,7 +138,7 @@ def main(args):
     out = Path(args.out)
     if checkpoint and checkpoint["epoch"] == args.epochs and (out / "results.json").exists():
         print(f"{out} is complete:")
-        return report(common.read_json(out / "results.json"), test, args)
+        return common.report(common.read_json(out / "results.json"), run_name(args), test, args)
 
     count = args.members
     # One shared batch a step, drawn so large that a member sees batch_size of it; with
@@ -168,7 +168,7 @@ def main(args):
     plain = common.new_member(args, device)                    # the closing table's first row
     epoch = common.restore(checkpoint, members, proxies, optimizers, schedulers)
     if args.dry_run:
-        args.warmup_epochs = args.eps_ramp_epochs = 0           # measure a full step
+        args.warmup_epochs = args.eps_ramp_epochs = args.plain_epochs = 0   # measure a full step
     else:
         common.cache_images([train, test, test.gallery], args.cache_gb, args.workers)
         common.begin_run(args, "eat", device, checkpoint)
@@ -236,8 +236,7 @@ def main(args):
     started = time.perf_counter()
     if args.dry_run:
         test = common.balanced_subset(test, max(args.batch_size, 2))
-    else:
-        train_plain(args, plain, train, device)
+    train_plain(args, plain, train, device)
     undefended = common.closing_evaluation(args, [plain], test, device)
     clean, robust, alerts = common.closing_evaluation(args, members, test, device)
     seconds = sum(line["seconds"] for line in common.read_log(out)) + time.perf_counter() - started
@@ -248,7 +247,7 @@ def main(args):
                              "robust": undefended[1]}
     if not args.dry_run:
         common.write_atomic(out / "results.json", json.dumps(results, indent=1).encode())
-    report(results, test, args)
+    common.report(results, run_name(args), test, args)
 
 
 def train_plain(args, member, train, device):
@@ -270,13 +269,6 @@ def train_plain(args, member, train, device):
             nn.utils.clip_grad_value_([*member.parameters(), proxies], 10)
             optimizer.step()
         scheduler.step()
-
-
-def report(results, test, args):
-    """The closing table, an undefended network first."""
-    epochs = results["undefended"]["epochs"]
-    name = f"undefended, {epochs} epochs" if epochs else "not trained"
-    common.report(results, run_name(args), test, args, undefended=(name, results["undefended"]))
 
 
 if __name__ == "__main__":

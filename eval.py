@@ -225,10 +225,10 @@ def main(args):
         label = Path(run).stem if Path(run).is_file() else Path(run).resolve().name
         own = common.results_table(outcome, label, args.rules)
         undefended = None if args.rules else (results or {}).get("undefended")
-        if undefended and known_entries(undefended["robust"], attack, args):
-            epochs = undefended["epochs"]
-            own += common.results_table(
-                undefended, f"{label} undefended" if epochs else f"{label} not trained")
+        known = known_entries(undefended["robust"], attack, args) if undefended else []
+        if known:
+            name = f"{label} undefended" if undefended["epochs"] else f"{label} not trained"
+            own += common.results_table({**undefended, "robust": known}, name)
         rows += own
         report.append({"run": label, "flags": checkpoint["args"], "rows": own, **outcome})
     if not rows:

@@ -64,12 +64,13 @@ def pictures(tmp_path_factory):
 
 def flags(pictures, out, *more, method="eat"):
     """The flags of a tiny run; argparse takes the last value of a flag given twice."""
-    own = {"eat": ["--members", "2", "--plain-epochs", "0"],
+    own = {"eat": ["--members", "2"],
            "ensemble": ["--method", "ensemble", "--members", "2"]}.get(method, ["--method", method])
     return ["--dataset", "folder", "--data-root", str(pictures), "--out", str(out),
             "--arch", "convnet", "--weights", "none", "--image-size", "32", "--epochs", "4",
             "--batch-size", "6", "--attack-steps", "1", "--eval-steps", "1",
-            "--embedding-dim", "8", "--workers", "0", "--device", "cpu", *own, *more]
+            "--embedding-dim", "8", "--workers", "0", "--device", "cpu", "--plain-epochs", "0",
+            *own, *more]
 
 
 def train(*arguments, script=eat):
@@ -969,7 +970,7 @@ def test_every_method_writes_the_same_four_files(method, baseline_run):
     checkpoint = saved(out)
     assert (checkpoint["method"], checkpoint["epoch"]) == (method, 4)
     sizes = [len(checkpoint[part]) for part in ("members", "proxies", "optimizers", "schedulers")]
-    assert sizes == ([1, 0, 1, 0] if method in TRIPLET else [count] * 4)
+    assert sizes == ([1, 0, 1, 1] if method in TRIPLET else [count] * 4)
     assert len(common.load_model(out)) == count
 
 
@@ -989,7 +990,7 @@ def test_every_method_logs_the_terms_of_its_loss(method, baseline_run):
 def test_every_method_reports_on_its_protocols(method, baseline_run):
     results = stored(baseline_run(method))
     rules = RULES if method == "ensemble" else {"member_1"}
-    assert set(results) == RESULTS
+    assert set(results) == RESULTS | (set() if method == "natural" else {"undefended"})
     assert (results["method"], results["variant"], results["epoch"]) == (method, "", 4)
     assert SCORES <= set(results["clean"]) and set(results["clean"]["by_rule"]) == rules
     protocols = {"clustering", "template"} if method in TRIPLET else {"clustering"}
@@ -1179,8 +1180,21 @@ def test_at_is_eat_with_one_member(baseline_run, lone_eat_run):
     assert without_seconds(stored(baseline_run("at"))) == without_seconds(stored(lone_eat_run))
 
 
-def test_natural_is_the_undefended_network_of_eat(baseline_run, lone_eat_run):
-    own, undefended = stored(baseline_run("natural")), stored(lone_eat_run)["undefended"]
+def test_the_undefended_network_of_triplets_is_est_without_an_attack(pictures, tmp_path):
+    train_baseline("act", pictures, tmp_path / "act", "--plain-epochs", "4")
+    train_baseline("est", pictures, tmp_path / "est", "--eps", "0", "--attack-steps", "0")
+    own, undefended = stored(tmp_path / "est"), stored(tmp_path / "act")["undefended"]
+    assert undefended["epochs"] == 4 and own["clean"] == undefended["clean"]
+
+
+@pytest.mark.parametrize("script", [eat, baselines])
+def test_natural_is_the_undefended_network_of_the_others(script, baseline_run, lone_eat_run,
+                                                         pictures, tmp_path):
+    out = lone_eat_run
+    if script is baselines:
+        out = tmp_path / "run"
+        train_baseline("ensemble", pictures, out, "--split", "--plain-epochs", "4")
+    own, undefended = stored(baseline_run("natural")), stored(out)["undefended"]
     assert undefended["epochs"] == 4 and own["clean"] == undefended["clean"]
     both = [without_seconds({**own, "robust": r}) for r in (own["robust"], undefended["robust"])]
     assert both[0] == both[1] and not same_members(baseline_run("natural"), baseline_run("at"))
@@ -1274,7 +1288,9 @@ def test_eval_shows_every_method_in_one_table(table_runs, capsys):
     assert output.count("mAP@R") == 2            # one header: clean and attacked
     assert sorted(first_words(output)) == sorted(
         ["natural", "at", "est", *(f"ensemble {rule}" for rule in ensemble),
-         *(f"finished {rule}" for rule in ensemble), "finished not trained"])
+         *(f"finished {rule}" for rule in ensemble),
+         *(f"{run} not trained" for run in ("at", "est", "ensemble", "finished"))])
+    assert "    -" not in output                 # est's other protocol has no NMI
 
 
 def test_eval_shows_the_rules_that_are_asked_for(table_runs, capsys):
@@ -1301,7 +1317,7 @@ def seed_runs(baseline_run, pictures, tmp_path):
 
 def test_a_table_has_the_flags_of_every_configuration_and_counts_its_seeds(seed_runs, pictures,
                                                                            tmp_path):
-    evaluate(*seed_runs, *HERE, "--table", tmp_path / "table")
+    evaluate(*seed_runs, *HERE, "--table", tmp_path / "table", "--rules", "vote")
     content = json.loads((tmp_path / "table.json").read_text())
     own, rows = content["flags"], content["rows"]
     assert [(row["name"], row["seeds"]) for row in rows] == [("at", [0, 1]), ("est", [0])]
