@@ -176,7 +176,7 @@ TRIPLET_RECIPE = dict(arch="resnet18", embedding_dim=512, crop="square", epochs=
 SMALL = dict(arch="convnet", pool="avgmax", image_size=32, embedding_dim=64, epochs=12,
              batch_size=30, lr=2e-3, eps=8 / 255, step_size=2 / 255, attack_steps=4,
              eps_ramp_epochs=4, plain_epochs=12)
-SMALL_TRIPLET = SMALL | dict(epochs=20, lr=1e-3, benign_epochs=10, plain_epochs=20)
+SMALL_TRIPLET = SMALL | dict(epochs=20, lr=1e-3, benign_epochs=10)
 # Which methods a flag belongs to.
 BELONGS = {"beta": ("at", "ensemble"), "mixup_alpha": ("mixup", "iat"), "mixup_target": ("mixup",),
            "trades_lambda": ("trades",), "trades_start": ("trades",), "members": ("ensemble",),
