@@ -280,7 +280,7 @@ def main(args):
         part = common.split_by_image(train.labels, count, args.seed)
         pools = [(part != i).nonzero()[:, 0] for i in range(count)]
 
-    def draw(epoch, i, pool):
+    def draw(epoch, i=0, pool=everything):
         if triplets:
             return common.pair_batches(train.labels, args.batch_size, args.seed, epoch)
         return common.epoch_batches(args, train.labels, epoch, batch_size=args.batch_size,
@@ -291,9 +291,9 @@ def main(args):
     device = common.pick_device(args.device, args.deterministic)
     members = [common.new_member(args, device, i, "none" if checkpoint else args.weights)
                for i in range(count)]
-    classes = len(train.classes)
-    proxies, optimizers, schedulers = zip(*(recipe(args, member, classes, device, args.epochs, i)
-                                            for i, member in enumerate(members)))
+    proxies, optimizers, schedulers = zip(*(
+        recipe(args, member, len(train.classes), device, args.epochs, i)
+        for i, member in enumerate(members)))
     plain = common.new_member(args, device)                     # the closing table's first row
     epoch = common.restore(checkpoint, members, proxies, optimizers, schedulers)
     if args.dry_run:
@@ -366,8 +366,7 @@ def main(args):
                   f"{common.peak_gb(device) or float('nan'):.2f} GB")
             break
         if args.eval_every and epoch % args.eval_every == 0:
-            record |= common.quick_scores(
-                common.closing_evaluation(args, members, test, device))
+            record |= common.quick_scores(common.closing_evaluation(args, members, test, device))
         common.log_epoch(args, record)
         common.save_checkpoint(args, method=args.method, epoch=epoch, members=members,
                                proxies=[] if triplets else proxies, optimizers=optimizers,
@@ -378,7 +377,7 @@ def main(args):
         test = common.balanced_subset(test, max(args.batch_size, 2))
     undefended = None
     if args.method != "natural":                                # which would be that row itself
-        train_plain(args, plain, train, device, lambda epoch: draw(epoch, 0, everything))
+        train_plain(args, plain, train, device, draw)
         undefended = common.closing_evaluation(args, [plain], test, device, protocols)
     clean, robust, alerts = common.closing_evaluation(args, members, test, device, protocols)
     seconds = sum(line["seconds"] for line in common.read_log(out)) + time.perf_counter() - started
