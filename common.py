@@ -1124,7 +1124,7 @@ def shift_objective(models, references):
 
 # ---- metrics ---------------------------------------------------------------------------------
 
-def _similarities(embeddings, labels, gallery=None, gallery_labels=None):
+def similarities(embeddings, labels, gallery=None, gallery_labels=None):
     """Chunk by chunk: (similarity (b, N), relevant (b, N) bool), for the three gallery forms.
 
     similarity orders candidates as the Euclidean distance does: x.y - |y|^2 / 2. The query itself
@@ -1164,7 +1164,7 @@ def recall_at_k(embeddings: Tensor, labels: Tensor, ks=(1, 2, 4, 8), gallery: Te
     A query whose class has no candidate is a miss. -> {K: share in [0, 1]}.
     """
     hits = torch.zeros(len(ks), dtype=torch.int64)
-    for similarity, relevant in _similarities(embeddings, labels, gallery, gallery_labels):
+    for similarity, relevant in similarities(embeddings, labels, gallery, gallery_labels):
         nearest = similarity.masked_fill(~relevant, -torch.inf).amax(1, keepdim=True)
         # not (other < nearest), so that a NaN counts against the query too
         nearer = (~relevant & ~(similarity < nearest)).sum(1)
@@ -1183,7 +1183,7 @@ def map_at_r(embeddings: Tensor, labels: Tensor, gallery: Tensor | None = None,
     the query.
     """
     total, queries = 0.0, 0
-    for similarity, relevant in _similarities(embeddings, labels, gallery, gallery_labels):
+    for similarity, relevant in similarities(embeddings, labels, gallery, gallery_labels):
         count = relevant.sum(1)
         if count.max() > 0:
             hit = relevant.gather(1, _nearest(similarity, relevant, int(count.max())))
@@ -1482,12 +1482,13 @@ def embed(models, batches) -> list[Tensor]:
 
 
 def attack_embeddings(models, batches, make_objective, *, eps, step_size, steps, restarts=1,
-                      random_start=True, seed=0, attacked=None) -> list[Tensor]:
+                      random_start=True, seed=0, attacked=None, craft=None) -> list[Tensor]:
     """The embeddings (n, D) of every model after ONE attack on all of them.
 
     batches: (images, labels, rows) in order. make_objective(rows) gives the objective to maximise
     for those images. restarts: the one with the highest objective is kept, per image; restart r
     draws the same start whatever their number. attacked: bool (n,), the others stay clean.
+    craft(objective, images, rows): another attack than pgd.
     """
     outputs = [[] for _ in models]
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
@@ -1497,7 +1498,8 @@ def attack_embeddings(models, batches, make_objective, *, eps, step_size, steps,
             best, best_value = None, None
             for restart in range(restarts):
                 seed_torch(seed, restart, EVALUATE, number)
-                adversarial = pgd(objective, images, eps, step_size, steps, random_start)
+                adversarial = craft(objective, images, rows) if craft else \
+                    pgd(objective, images, eps, step_size, steps, random_start)
                 if restarts == 1:
                     best = adversarial
                     break
@@ -1520,7 +1522,7 @@ def neighbour_labels(embeddings, labels, k, gallery=None, gallery_labels=None):
     """Labels (n, k) of the k nearest candidates; gallery forms and ties as in recall_at_k."""
     names = labels if gallery_labels is None else gallery_labels
     return torch.cat([names[_nearest(similarity, relevant, k)] for similarity, relevant in
-                      _similarities(embeddings, labels, gallery, gallery_labels)])
+                      similarities(embeddings, labels, gallery, gallery_labels)])
 
 
 def metrics_by_rule(embeddings, labels, *, ks, clusters, seed, gallery=None, gallery_labels=None,
@@ -1531,12 +1533,7 @@ def metrics_by_rule(embeddings, labels, *, ks, clusters, seed, gallery=None, gal
     scores), concat (concatenated embeddings) and mean (their normalised average). gallery: one
     tensor per member. clusters: k of k-means. clustering False: NMI, AMI and F1 are None.
     """
-    spaces = {f"member_{i + 1}": (own, None if gallery is None else gallery[i])
-              for i, own in enumerate(embeddings)}
-    if len(embeddings) > 1:
-        for name, combine in (("concat", lambda parts: torch.cat(parts, 1) / len(parts) ** 0.5),
-                              ("mean", lambda parts: F.normalize(sum(parts), dim=1))):
-            spaces[name] = (combine(embeddings), None if gallery is None else combine(gallery))
+    spaces = rule_spaces(embeddings, gallery)
     scores, assignments = {}, {}
     for name, (own, other) in spaces.items():
         recall = recall_at_k(own, labels, ks, other, gallery_labels)
@@ -1560,6 +1557,17 @@ def metrics_by_rule(embeddings, labels, *, ks, clusters, seed, gallery=None, gal
     for score in scores.values():
         score |= {"NMI_chance": chance, "n_queries": len(labels), "n_singletons": singletons}
     return scores
+
+
+def rule_spaces(embeddings, gallery=None) -> dict[str, tuple]:
+    """{rule: (embeddings, gallery or None)} of the rules that look neighbours up in one space."""
+    spaces = {f"member_{i + 1}": (own, None if gallery is None else gallery[i])
+              for i, own in enumerate(embeddings)}
+    if len(embeddings) > 1:
+        for name, combine in (("concat", lambda parts: torch.cat(parts, 1) / len(parts) ** 0.5),
+                              ("mean", lambda parts: F.normalize(sum(parts), dim=1))):
+            spaces[name] = (combine(embeddings), None if gallery is None else combine(gallery))
+    return spaces
 
 
 def _candidate_counts(labels, gallery_labels):
@@ -1607,41 +1615,52 @@ def _vote_scores(embeddings, labels, ks, clusters, gallery, gallery_labels, assi
                      cluster_vote_rule(len(labels), clusters)}
 
 
+ATTACKS = ("pgd", "fgsm", "cw", "min-eps")
+OBJECTIVES = ("shift", "neighbour", "self", "targeted-random", "targeted-nearest")
+TEMPLATE_ONLY = OBJECTIVES[1:]                      # their targets are images of a clean gallery
+
+
 class Attack:
     """What an evaluation attacks with, checked and resolved: the numbers of a `robust` entry.
 
     protocol "clustering": every image is attacked, and compared with attacked images (EAT).
     "template": queries are attacked, the gallery is clean (Panum et al., Algorithm 1).
     objective "shift": 1 - cos to the own clean embedding. "neighbour": distance to the clean
-    nearest neighbour; then only queries whose nearest neighbour is right are attacked.
+    nearest neighbour; then only queries whose nearest neighbour is right are attacked. "self": the
+    same queries, away from their own clean embedding (the code of Panum et al.). "targeted-random",
+    "targeted-nearest": every query, towards the image of that other class that is nearest to it.
     eps None: 8/255 (0.01 for template). steps None: 10 (5). step_size None: eps / 4
-    (2 * eps / steps). fgsm: one step of size eps, from the clean image for "neighbour".
+    (2 * eps / steps). fgsm: one step of size eps; from the clean image, unless the objective
+    measures the distance to that. cw: Carlini & Wagner; steps (50) of Adam at learning rate
+    step_size (eps / 10), projected to eps. min-eps: the smallest radius up to eps (32 / 255).
     """
 
     def __init__(self, protocol="clustering", attack="pgd", objective=None, eps=None,
                  step_size=None, steps=None, restarts=1, random_start=True, seed=0):
         template = protocol == "template"
-        if protocol not in PROTOCOLS:
-            raise UserError(f"unknown protocol {protocol!r}: choose one of {', '.join(PROTOCOLS)}")
-        if attack not in ("pgd", "fgsm"):
-            raise UserError(f"unknown attack {attack!r}: choose pgd or fgsm")
+        for what, value, known in (("protocol", protocol, PROTOCOLS), ("attack", attack, ATTACKS),
+                                   ("objective", objective or "shift", OBJECTIVES)):
+            if value not in known:
+                raise UserError(f"unknown {what} {value!r}: choose one of {', '.join(known)}")
         objective = objective or ("neighbour" if template else "shift")
-        if objective not in ("shift", "neighbour"):
-            raise UserError(f"unknown objective {objective!r}: choose shift or neighbour")
-        if objective == "neighbour" and not template:
-            raise UserError("the neighbour objective belongs to --protocol template: a clean image "
-                            "of the gallery is its target")
-        eps = (0.01 if template else 8 / 255) if eps is None else eps
-        steps = (5 if template else 10) if steps is None else steps
+        if not template and (objective in TEMPLATE_ONLY or attack in ("cw", "min-eps")):
+            raise UserError(f"{attack} with the objective {objective} belongs to --protocol "
+                            f"template: a clean gallery decides whether a query has failed")
+        if eps is None:
+            eps = 32 / 255 if attack == "min-eps" else 0.01 if template else 8 / 255
+        if steps is None:
+            steps = 50 if attack == "cw" else 5 if template else 10
         if step_size is None:
-            step_size = 2 * eps / max(steps, 1) if template else eps / 4
+            step_size = eps / 10 if attack == "cw" else \
+                2 * eps / max(steps, 1) if template else eps / 4
+        own = objective in ("shift", "self")         # no gradient at the clean image
         if attack == "fgsm":
-            steps, step_size = 1, eps
-        if attack == "fgsm" and objective == "neighbour":
-            random_start = False                     # it has a gradient at the clean image
-        if objective == "shift" and not random_start:
-            raise UserError("the shift objective has no gradient at the clean image: it needs its "
-                            "random start")
+            steps, step_size, random_start = 1, eps, random_start and own
+        if own and not random_start:
+            raise UserError(f"the {objective} objective has no gradient at the clean image: it "
+                            f"needs its random start")
+        if attack in ("cw", "min-eps") and restarts > 1:
+            raise UserError(f"{attack} keeps its own best: drop --restarts {restarts}")
         if not 0 <= eps <= 1 or not step_size >= 0 or steps < 0 or restarts < 1:
             raise UserError(f"an attack needs 0 <= eps <= 1, step size >= 0, steps >= 0 and "
                             f"restarts >= 1: found {eps}, {step_size}, {steps}, {restarts}")
@@ -1656,85 +1675,130 @@ class Attack:
                 "step": self.step_size, "step_255": self.step_size * 255, "steps": self.steps,
                 "restarts": self.restarts, "random_start": self.random_start, "seed": self.seed}
 
+    def words(self):
+        """Protocol, objective, attack and radius, to be read."""
+        name = {"pgd": f"PGD-{self.steps}", "fgsm": "FGSM", "cw": f"C&W-{self.steps}",
+                "min-eps": f"smallest eps, PGD-{self.steps}"}[self.attack]
+        radius = f"{'up to' if self.attack == 'min-eps' else 'eps'} {self.eps * 255:.3g}/255"
+        return self.protocol, self.objective, name, radius
+
     def __str__(self):
-        name = "FGSM" if self.attack == "fgsm" else f"PGD-{self.steps}"
-        return f"{self.protocol}: {self.objective} {name}, eps {self.eps * 255:.3g}/255"
+        protocol, objective, name, radius = self.words()
+        return f"{protocol}: {objective} {name}, {radius}"
+
+
+class Retrieval:
+    """Models, queries, and where these are looked up, with their clean embeddings.
+
+    models: list; all of them share every perturbation. batches: a function that returns a fresh
+    iterator of (images, labels, rows) in order; labels (n,) of all of them. gallery_batches,
+    gallery_labels: the set in which queries are looked up, when it is another. limited: this is a
+    subset. clean, gallery: [(n, D)], one per model, gallery None where queries look each other up.
+    names: the labels of the candidates.
+    """
+
+    def __init__(self, models, batches, labels, *, ks=(1, 2, 4, 8), gallery_batches=None,
+                 gallery_labels=None, limited=False):
+        self.models, self.batches, self.labels, self.ks = models, batches, labels, ks
+        self.gallery_batches, self.gallery_labels = gallery_batches, gallery_labels
+        self.limited = limited
+        self.clean = embed(models, batches())
+        self.gallery = None if gallery_batches is None else embed(models, gallery_batches())
+        self.names = labels if gallery_labels is None else gallery_labels
+
+    def scores(self, embeddings, gallery, seed, clustering=True):
+        """metrics_by_rule of these embeddings of the queries."""
+        return metrics_by_rule(embeddings, self.labels, ks=self.ks, seed=seed, gallery=gallery,
+                               clusters=len(self.labels.unique()), clustering=clustering,
+                               gallery_labels=self.gallery_labels)
+
+
+def attacked_embeddings(retrieval, attack, aim=None, craft=None):
+    """The attacked embeddings of the queries and the gallery that they meet, per model.
+
+    aim: (make_objective, attacked) where the objective is none of "shift", "neighbour"; craft: the
+    attack where it is not pgd (attack_embeddings).
+    """
+    settings = dict(eps=attack.eps, step_size=attack.step_size, steps=attack.steps,
+                    restarts=attack.restarts, random_start=attack.random_start, seed=attack.seed,
+                    craft=craft)
+    if aim is None and attack.objective == "neighbour":
+        aim = neighbour_objectives(retrieval)
+    make_objective, attacked = aim or (shift_objectives(retrieval), None)
+    embeddings = attack_embeddings(retrieval.models, retrieval.batches(), make_objective,
+                                   attacked=attacked, **settings)
+    if attack.protocol == "template":
+        own = retrieval.gallery is None                                  # row i is not a candidate
+        return embeddings, retrieval.clean if own else retrieval.gallery
+    if retrieval.gallery is None:
+        return embeddings, None                                          # among themselves
+    return embeddings, attack_embeddings(retrieval.models, retrieval.gallery_batches(),
+                                         shift_objectives(retrieval, retrieval.gallery), **settings)
+
+
+def attack_entries(retrieval, attack, aim=None, craft=None, extra=None) -> list[dict]:
+    """Attack a retrieval: its entries of results.json, one per inference rule.
+
+    aim, craft: as in attacked_embeddings. extra(embeddings): {rule: more scores of it}.
+    """
+    started = time.perf_counter()
+    embeddings, gallery = attacked_embeddings(retrieval, attack, aim, craft)
+    scores = retrieval.scores(embeddings, gallery, attack.seed,
+                              clustering=attack.protocol != "template")
+    more = extra(embeddings) if extra else {}
+    amp = any(getattr(model, "amp", False) for model in retrieval.models)
+    seconds = round(time.perf_counter() - started, 3)
+    return [{"rule": rule, **attack.entry(), "amp": amp, "limited": retrieval.limited,
+             "seconds": seconds, **score, **more.get(rule, {})} for rule, score in scores.items()]
 
 
 def evaluate(models, batches, labels, attacks, *, ks=(1, 2, 4, 8), seed=0, gallery_batches=None,
-             gallery_labels=None, limited=False) -> tuple[dict, list[dict], list[str]]:
+             gallery_labels=None, limited=False,
+             entries=attack_entries) -> tuple[dict, list[dict], list[str]]:
     """Clean and attacked scores of one model or an ensemble: (clean, robust, warnings).
 
-    models: list; all of them share every perturbation. batches: a function that returns a fresh
-    iterator of (images, labels, rows) in order; labels (n,) of all of them. attacks: [Attack].
-    gallery_batches, gallery_labels: the set in which queries are looked up, when it is another.
-    limited: note in the entries that this is a subset. seed: of k-means.
+    models ... limited: as in Retrieval. attacks: [Attack]. seed: of k-means on clean embeddings.
+    entries(retrieval, attack): what makes the entries; eval.py has one that knows more attacks.
     """
-    clusters = len(labels.unique())
+    retrieval = Retrieval(models, batches, labels, ks=ks, gallery_batches=gallery_batches,
+                          gallery_labels=gallery_labels, limited=limited)
     rule = "vote" if len(models) > 1 else "member_1"                      # the headline
-    clean = embed(models, batches())
-    gallery = None if gallery_batches is None else embed(models, gallery_batches())
-    scores = metrics_by_rule(clean, labels, ks=ks, clusters=clusters, seed=seed, gallery=gallery,
-                             gallery_labels=gallery_labels)
+    scores = retrieval.scores(retrieval.clean, retrieval.gallery, seed)
     alerts = []
-    for i, own in enumerate(clean):
+    for i, own in enumerate(retrieval.clean):
         cosine = mean_cosine(own)
         if not cosine <= 0.95:                                           # NaN included
             alerts.append(f"member_{i + 1} has collapsed: mean cosine of its test embeddings "
                           f"{cosine:.3f}")
-    robust = []
-    for attack in attacks:
-        started = time.perf_counter()
-        settings = dict(eps=attack.eps, step_size=attack.step_size, steps=attack.steps,
-                        restarts=attack.restarts, random_start=attack.random_start,
-                        seed=attack.seed)
-        if attack.objective == "neighbour":
-            make_objective, attacked = _neighbour_objectives(models, clean, labels, gallery,
-                                                             gallery_labels)
-        else:
-            make_objective, attacked = _shift_objectives(models, clean), None
-        adversarial = attack_embeddings(models, batches(), make_objective, attacked=attacked,
-                                        **settings)
-        template = attack.protocol == "template"
-        looked_up = gallery
-        if template and gallery is None:
-            looked_up = clean                                            # row i is not a candidate
-        elif gallery is not None and not template:
-            looked_up = attack_embeddings(models, gallery_batches(),
-                                          _shift_objectives(models, gallery), **settings)
-        by_rule = metrics_by_rule(adversarial, labels, ks=ks, clusters=clusters, seed=seed,
-                                  gallery=looked_up, gallery_labels=gallery_labels,
-                                  clustering=not template)
-        seconds = round(time.perf_counter() - started, 3)
-        amp = any(getattr(model, "amp", False) for model in models)
-        robust += [{"rule": name, **attack.entry(), "amp": amp, "limited": limited,
-                    "seconds": seconds, **score}
-                   for name, score in by_rule.items()]
+    robust = [entry for attack in attacks for entry in entries(retrieval, attack)]
     return {"rule": rule, **scores[rule], "by_rule": scores}, robust, alerts
 
 
-def _shift_objectives(models, clean):
-    return lambda rows: shift_objective(models, [own[rows] for own in clean])
+def shift_objectives(retrieval, references=None):
+    """make_objective(rows): away from the own clean embeddings, those of the queries."""
+    references = references or retrieval.clean
+    return lambda rows: shift_objective(retrieval.models, [own[rows] for own in references])
 
 
-def _neighbour_objectives(models, clean, labels, gallery, gallery_labels):
+def neighbour_objectives(retrieval, own=False):
     """Algorithm 1 of Panum et al.: move a query away from its clean nearest neighbour.
 
     Only queries whose neighbour has their label are attacked; in an ensemble, every member whose
-    neighbour is right contributes its distance. -> (make_objective, attacked (n,) bool).
+    neighbour is right contributes its distance. own: away from the query's own clean embedding, as
+    the authors' code does. -> (make_objective, attacked (n,) bool).
     """
-    names = labels if gallery_labels is None else gallery_labels
     targets, right = [], []
-    for i, own in enumerate(clean):
-        other = own if gallery is None else gallery[i]
+    for i, clean in enumerate(retrieval.clean):
+        other = clean if retrieval.gallery is None else retrieval.gallery[i]
         nearest = torch.cat([_nearest(similarity, relevant, 1)[:, 0] for similarity, relevant in
-                             _similarities(own, labels, other, gallery_labels)])
-        targets.append(other[nearest])
-        right.append(names[nearest] == labels)
+                             similarities(clean, retrieval.labels, other,
+                                           retrieval.gallery_labels)])
+        targets.append(clean if own else other[nearest])
+        right.append(retrieval.names[nearest] == retrieval.labels)
 
     def make_objective(rows):
-        return lambda images: sum(hit[rows] * euclidean(model(images), target[rows])
-                                  for model, target, hit in zip(models, targets, right))
+        return lambda images: sum(hit[rows] * euclidean(model(images), target[rows]) for
+                                  model, target, hit in zip(retrieval.models, targets, right))
 
     return make_objective, torch.stack(right).any(0)
 
@@ -1746,7 +1810,7 @@ def mean_cosine(embeddings: Tensor) -> float:
 
 
 def evaluate_set(models, test: ImageSet, attacks, *, batch_size=128, workers=0, device="cpu",
-                 ks=(1, 2, 4, 8), seed=0):
+                 ks=(1, 2, 4, 8), seed=0, entries=attack_entries):
     """`evaluate` on an ImageSet (and its gallery). The starts of an attack follow the batches:
     one batch size everywhere keeps closing and later evaluations the same."""
     def batches_of(dataset):
@@ -1756,7 +1820,7 @@ def evaluate_set(models, test: ImageSet, attacks, *, batch_size=128, workers=0, 
 
     gallery = test.gallery
     return evaluate(models, batches_of(test), test.labels.to(device), attacks, ks=ks, seed=seed,
-                    limited=test.limited,
+                    limited=test.limited, entries=entries,
                     gallery_batches=None if gallery is None else batches_of(gallery),
                     gallery_labels=None if gallery is None else gallery.labels.to(device))
 
@@ -1775,7 +1839,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The script's docstring as it stands, and every default."""
+    """The script's docstring as it stands, and every default that is not explained in words."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def fraction(text: str) -> float:
@@ -2382,23 +2449,35 @@ def format_table(rows: list[dict]) -> str:
     columns = [(side, name) for side in ("clean", "attacked")
                for name in dict.fromkeys(
                    name for row in rows for name, value in row[side].items()
-                   if value is not None and (name in ("mAP@R", "NMI", "AMI", "F1")
-                                             or name[:2] == "R@" and name[2:].isdigit()))]
+                   if value is not None and (
+                       name in ("mAP@R", "NMI", "AMI", "F1", "success", "min_eps_255")
+                       or name[:2] == "R@" and name[2:].isdigit()))]
+    heads = [metric_name(name).rjust(5) for _, name in columns]
     width = max(len(row["name"]) for row in rows)
     lines = ["".ljust(width), "".ljust(width)]
-    for position, (side, name) in enumerate(columns):
+    for position, (side, _) in enumerate(columns):
         first = position == 0 or columns[position - 1][0] != side
-        lines[0] += ("  | " if first else " ") + (side if first else "").ljust(5)
-        lines[1] += ("  | " if first else " ") + name.rjust(5)
+        lines[0] += ("  | " if first else " ") + (side if first else "").ljust(len(heads[position]))
+        lines[1] += ("  | " if first else " ") + heads[position]
     for row in rows:
         line = row["name"].ljust(width)
         for position, (side, name) in enumerate(columns):
             first = position == 0 or columns[position - 1][0] != side
             value = row[side].get(name)
-            cell = "-" if value is None else f"{100 * value:.1f}"
-            line += ("  | " if first else " ") + cell.rjust(5)
+            shown = "-" if value is None else cell(name, value)
+            line += ("  | " if first else " ") + shown.rjust(len(heads[position]))
         lines.append(line)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def metric_name(metric: str) -> str:
+    """The head of its column."""
+    return {"min_eps_255": "eps/255"}.get(metric, metric)
+
+
+def cell(metric: str, value: float) -> str:
+    """A score in percent; radii in 1/255."""
+    return f"{value:.2f}" if metric == "min_eps_255" else f"{100 * value:.1f}"
 
 
 def run_results(args, method, variant, epoch, clean, robust, alerts, seconds, device) -> dict:

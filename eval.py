@@ -7,6 +7,7 @@
 
     python eval.py runs/eat-cub-mobilenetv2-s0              # all it needs is in the checkpoint
     python eval.py runs/* --protocol template --eps 0.05    # one table over all runs
+    python eval.py runs/* --protocol template --attack pgd fgsm cw --eps 0.01 0.05 --seed 0 1 2
     python eval.py runs/eat-glyphs-* --table results/eat-glyphs    # mean and std over seeds
     from eval import evaluate_robustness                    # your own model: README
 
@@ -17,12 +18,15 @@ A run's folder gets its new entries in results.json; one that is there already i
 
 import argparse
 import glob
+import itertools
 import json
+import math
 import os
 import re
 import shlex
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
-from common import UserError
+from common import UserError, pgd
 
 # ---- any model
 
@@ -46,15 +50,19 @@ def evaluate_robustness(embed, images_or_loader, labels=None, *, protocol="clust
     belongs inside. Rows that are not unit vectors are normalised, with a warning.
     images_or_loader: (n, 3, H, W) with labels (n,), or a loader of (images, labels), which is read
     once and kept in memory.
+    attack: pgd, fgsm; with the template protocol also cw (Carlini & Wagner) and min-eps (the
+    smallest radius up to eps that makes a query fail).
     objective "shift" moves an image away from its clean embedding; "neighbour" (template only) a
-    rightly answered query away from its nearest neighbour, Algorithm 1 of Panum et al.; with
-    another objective the template protocol attacks every query. eps, step_size (None: eps / 4) in
+    rightly answered query away from its nearest neighbour, Algorithm 1 of Panum et al. (and "self",
+    the same queries away from themselves); with "shift", "targeted-random" and "targeted-nearest"
+    the template protocol attacks every query. eps, step_size (None: eps / 4; cw: eps / 10) in
     pixel values. restarts keep the highest objective per image. Scores are in [0, 1].
     Modes, gradients and the state of the random generators are afterwards as before.
     Raises ValueError when images are outside [0, 1] or arguments do not fit together.
     """
-    settings = common.Attack(protocol, attack, objective, eps,
-                             eps / 4 if step_size is None else step_size, steps, restarts,
+    if step_size is None and attack != "cw":
+        step_size = eps / 4
+    settings = common.Attack(protocol, attack, objective, eps, step_size, steps, restarts,
                              random_start, seed)
     models = list(embed) if isinstance(embed, (list, tuple, nn.ModuleList)) else [embed]
     modules = [model for model in models if isinstance(model, nn.Module)]
@@ -80,7 +88,8 @@ def evaluate_robustness(embed, images_or_loader, labels=None, *, protocol="clust
             return ((images[batch].to(device), None, batch) for batch in rows)
 
         clean, robust, more = common.evaluate(with_unit_rows, batches, labels.to(device),
-                                              [settings], ks=ks, seed=seed)
+                                              [settings], ks=ks, seed=seed,
+                                              entries=attack_entries)
     for entry in robust:
         entry["amp"] = any(getattr(model, "amp", False) for model in models)
     return {"clean": clean, "robust": robust, "warnings": alerts + more}
@@ -123,6 +132,222 @@ def _checked(embeddings, count):
     return embeddings
 
 
+# ---- attacks
+
+def attack_entries(retrieval, attack):
+    """The entries of results.json of any attack, one per inference rule."""
+    return common.attack_entries(retrieval, attack, *plan(retrieval, attack))
+
+
+def plan(retrieval, attack):
+    """What common.attack_entries needs to know of an attack: (aim, craft, extra)."""
+    aim, target, craft = (common.shift_objectives(retrieval), None), None, None
+
+    def extra(embeddings):
+        return {}
+
+    if attack.objective in ("neighbour", "self"):
+        aim = common.neighbour_objectives(retrieval, own=attack.objective == "self")
+    elif attack.objective.startswith("targeted"):
+        target = target_classes(retrieval, attack)
+        aim = targeted_objectives(retrieval, target), None
+        before = success_rates(retrieval, retrieval.clean, target)
+
+        def extra(embeddings):
+            after = success_rates(retrieval, embeddings, target)
+            return {rule: {"success": rate, "success_clean": before[rule]}
+                    for rule, rate in after.items()}
+
+    succeeds = success_tests(retrieval, target)
+    if attack.attack == "cw":
+        def craft(objective, images, rows):          # a smaller change than eps changes no score
+            return carlini_wagner(lambda x, i: aim[0](rows[i.cpu()])(x),
+                                  lambda x, i: succeeds(rows[i.cpu()])(x), images, attack.eps,
+                                  attack.step_size, attack.steps, attack.random_start,
+                                  enough=attack.eps)
+    elif attack.attack == "min-eps":
+        smallest = torch.full(retrieval.labels.shape, torch.inf, device=retrieval.labels.device)
+        counted = slice(None) if aim[1] is None else aim[1]
+
+        def craft(objective, images, rows):
+            adversarial, smallest[rows] = minimal_radius(
+                objective, succeeds(rows), images, attack.eps, attack.step_size, attack.steps,
+                attack.random_start)
+            return adversarial
+
+        def extra(embeddings):
+            rule = "member_1" if len(embeddings) == 1 else "vote"
+            return {rule: radius_scores(smallest[counted])}
+
+    return aim, craft, extra
+
+
+def success_tests(retrieval, target=None):
+    """make(rows) -> test(images): bool (B,), whether the attack on these queries has succeeded.
+
+    It has when the label of the nearest candidate, voted where there are several models, is not
+    the query's own; with target (n,): when it is the target.
+    """
+    galleries = retrieval.clean if retrieval.gallery is None else retrieval.gallery
+
+    def make(rows):
+        def test(images):
+            first = []
+            for model, gallery in zip(retrieval.models, galleries):
+                similarity = model(images) @ gallery.T - gallery.square().sum(1) / 2
+                if retrieval.gallery is None:                            # not the query itself
+                    similarity[torch.arange(len(rows)), rows] = -torch.inf
+                first.append(retrieval.names[similarity.argmax(1)])
+            voted = common.vote_labels(torch.stack(first)[..., None])[:, 0]
+            return voted != retrieval.labels[rows] if target is None else voted == target[rows]
+        return test
+
+    return make
+
+
+CW_ROUNDS = 30
+
+
+def carlini_wagner(objective, succeeded, images, eps, step_size, steps, random_start=True, *,
+                   enough=0.0, const=0.1, largest_const=20.0, smallest_tau=1 / 256):
+    """Carlini & Wagner's l_inf attack (S&P 2017, Sec. VI-C), projected to |x' - x|_inf <= eps.
+
+    A round minimises  sum max(|x' - x| - tau, 0) - c * objective(x') [not yet succeeded]  with
+    `steps` of Adam at learning rate step_size. tau begins at 1; a success within tau makes it 0.9
+    times the largest change, a failure doubles c. An image ends with tau below smallest_tau, with c
+    above largest_const, with a change of at most `enough`, or after CW_ROUNDS. Clamping instead of
+    tanh keeps it in [0, 1]. objective(x, i) -> (B,), higher is closer to success, and
+    succeeded(x, i) -> bool (B,) see some of the images, i: their numbers.
+    Returns, per image, the success with the smallest |x' - x|_inf or else the last iterate.
+    """
+    shape = (-1, 1, 1, 1)
+    best = images + torch.empty_like(images).uniform_(-eps, eps) if random_start else images.clone()
+    best = best.clamp(0, 1)                          # the nearest success so far, or the start
+    size = torch.full((len(images),), torch.inf, device=images.device)
+    tau, const = torch.ones_like(size), torch.full_like(size, const)
+    last = best.clone()
+    for _ in range(CW_ROUNDS):
+        i = ((size > enough) & (tau > smallest_tau) & (const <= largest_const)).nonzero()[:, 0]
+        if len(i) == 0:
+            break
+        x, clean, nearest = best[i].requires_grad_(), images[i], best[i]
+        found = torch.full_like(size[i], torch.inf)                      # in this round
+        adam = torch.optim.Adam([x], lr=step_size)
+        for step in range(steps + 1):
+            with torch.no_grad():
+                hit = succeeded(x, i)
+                change = (x - clean).abs().amax((1, 2, 3))
+                better = hit & (change < found)
+                nearest = torch.where(better.view(shape), x, nearest)
+                found = torch.where(better, change, found)
+            if step == steps or bool((found <= tau[i]).all()):
+                break
+            with torch.enable_grad():
+                penalty = ((x - clean).abs() - tau[i].view(shape)).clamp(min=0).sum()
+                loss = penalty - (const[i] * ~hit * objective(x, i)).sum()
+            x.grad = torch.autograd.grad(loss, x)[0]
+            adam.step()
+            x.data.clamp_(0, 1)
+        last[i] = x.detach()
+        best[i] = torch.where((found < size[i]).view(shape), nearest, best[i])
+        size[i] = torch.minimum(size[i], found)
+        won = found <= tau[i]
+        tau[i] = torch.where(won, 0.9 * found, tau[i])
+        const[i] = torch.where(won, const[i], 2 * const[i])
+    return pgd(None, images, eps, 0, 0, start=torch.where(size.isinf().view(shape), last, best))
+
+
+def minimal_radius(objective, succeeded, images, eps, step_size, steps, random_start=True,
+                   halvings=8):
+    """Bisection for the smallest radius at which PGD succeeds; Eq. (5) of Panum et al.
+
+    Every image by itself, in (0, eps], to eps / 2^halvings; step_size is that of eps and shrinks
+    with the radius. -> (images at that radius, radius (B,): inf where PGD fails at eps).
+    """
+    noise = torch.empty_like(images).uniform_(-1, 1) if random_start else torch.zeros_like(images)
+    low = torch.zeros(len(images), device=images.device)
+    high = torch.full_like(low, torch.inf)
+    best = images
+    for _ in range(halvings + 1):
+        radius = torch.where(high.isinf(), eps, (low + high) / 2)
+        ball = radius.view(-1, 1, 1, 1)
+        adversarial = pgd(objective, images, ball, step_size * ball / eps, steps,
+                          start=images + ball * noise)
+        with torch.no_grad():
+            hit = succeeded(adversarial)
+        best = torch.where((hit | high.isinf()).view(-1, 1, 1, 1), adversarial, best)
+        low, high = torch.where(hit, low, radius), torch.where(hit, radius, high)
+    return best, high
+
+
+def radius_scores(smallest):
+    """Median of the smallest radii, in 1/255 (null: above eps), and the share that there are."""
+    if len(smallest) == 0:
+        return {"min_eps_255": None, "min_eps_found": None}
+    median = float(smallest.median())
+    return {"min_eps_255": 255 * median if math.isfinite(median) else None,
+            "min_eps_found": float(smallest.isfinite().double().mean())}
+
+
+def target_classes(retrieval, attack):
+    """The class that every query is moved into (n,): the nearest other one, or a random one."""
+    labels, classes = retrieval.labels, retrieval.names.unique()
+    if len(classes) < 2:
+        raise UserError("a targeted attack needs candidates of two classes: give more data")
+    if attack.objective == "targeted-random":
+        stream = common.random_stream(attack.seed, 0, common.EVALUATE, 1)
+        draw = torch.from_numpy(stream.integers(len(classes) - 1, size=len(labels)))
+        draw = draw.to(labels.device)
+        return classes[draw + (draw >= torch.searchsorted(classes, labels)).long()]
+    spaces = common.rule_spaces(retrieval.clean, retrieval.gallery)
+    own, gallery = spaces["concat" if "concat" in spaces else "member_1"]
+    return retrieval.names[nearest_allowed(
+        retrieval, own, gallery, lambda rows: labels[rows, None] != retrieval.names)]
+
+
+def nearest_allowed(retrieval, own, gallery, allowed):
+    """The nearest candidate (n,) with allowed(rows) (b, N); the query itself is none."""
+    found, start = [], 0
+    for similarity, _ in common.similarities(own, retrieval.labels, gallery,
+                                             retrieval.gallery_labels):
+        rows = torch.arange(start, start + len(similarity), device=own.device)
+        found.append(similarity.masked_fill(~allowed(rows), -torch.inf).argmax(1))
+        start += len(similarity)
+    return torch.cat(found)
+
+
+def targeted_objectives(retrieval, target):
+    """Towards the clean image of the target class that is nearest; Eq. (6) of Panum et al."""
+    points = []
+    for i, own in enumerate(retrieval.clean):
+        gallery = None if retrieval.gallery is None else retrieval.gallery[i]
+        nearest = nearest_allowed(retrieval, own, gallery,
+                                  lambda rows: target[rows, None] == retrieval.names)
+        points.append((own if gallery is None else gallery)[nearest])
+
+    def make_objective(rows):
+        return lambda images: -sum(common.euclidean(model(images), point[rows])
+                                   for model, point in zip(retrieval.models, points))
+
+    return make_objective
+
+
+def success_rates(retrieval, embeddings, target):
+    """{rule: share of the queries whose nearest candidate is of the target class}."""
+    galleries = retrieval.clean if retrieval.gallery is None else retrieval.gallery
+    first = {rule: common.neighbour_labels(own, retrieval.labels, 1, gallery,
+                                           retrieval.gallery_labels)[:, 0]
+             for rule, (own, gallery) in common.rule_spaces(embeddings, galleries).items()}
+    rates = {rule: float((label == target).double().mean()) for rule, label in first.items()}
+    members = [rule for rule in first if rule.startswith("member_")]
+    if len(members) > 1:
+        votes = torch.stack([first[rule] for rule in members])[..., None]
+        voted = common.vote_labels(votes)[:, 0]
+        rates |= {"vote": float((voted == target).double().mean()),
+                  "member_mean": statistics.mean(rates[rule] for rule in members)}
+    return rates
+
+
 # ---- command line
 
 def parse_args(argv=None):
@@ -131,21 +356,32 @@ def parse_args(argv=None):
                         help="a run's folder, a checkpoint, or a quoted pattern of them")
     attack = parser.add_argument_group("attack")
     attack.add_argument("--protocol", choices=common.PROTOCOLS, default="clustering")
-    attack.add_argument("--attack", choices=("pgd", "fgsm"), default="pgd")
-    attack.add_argument("--objective", choices=("shift", "neighbour"), default=None,
-                        help="what is maximised (default: shift; neighbour for template)")
-    attack.add_argument("--eps", type=common.fraction, default=None, metavar="8/255",
-                        help="radius, pixel values (default: 8/255; 0.01 for template)")
+    attack.add_argument("--attack", choices=("pgd", "fgsm", "cw"), nargs="+", default=None,
+                        help="cw: Carlini & Wagner, template only (default: pgd)")
+    attack.add_argument("--min-eps", action="store_true",
+                        help="template: the smallest radius up to --eps at which PGD succeeds, by "
+                             "bisection; its median (beside --attack, if given)")
+    attack.add_argument("--objective", nargs="+", default=None,
+                        choices=("shift", "neighbour", "targeted-random", "targeted-nearest"),
+                        help="what is maximised (default: shift; neighbour for template). "
+                             "targeted: into another class; its success rate")
+    attack.add_argument("--template-target", choices=("neighbour", "self"), default="neighbour",
+                        help="self: away from the query's own clean embedding, as in the code of "
+                             "Panum et al.")
+    attack.add_argument("--eps", type=common.fraction, nargs="+", default=None, metavar="8/255",
+                        help="radius, pixel values (default: 8/255; 0.01 for template; 32/255 for "
+                             "--min-eps)")
     attack.add_argument("--step-size", type=common.fraction, default=None, metavar="2/255",
-                        help="(default: eps / 4; 2 eps / steps for template)")
+                        help="(default: eps / 4; 2 eps / steps for template; eps / 10 for cw)")
     attack.add_argument("--attack-steps", type=common.number(int, 0), default=None, metavar="N",
-                        help="(default: 10; 5 for template)")
+                        help="(default: 10; 5 for template; 50 a round for cw)")
     attack.add_argument("--restarts", type=common.number(int, 1), default=1,
                         help="keep the best of so many, image by image")
     attack.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
                         help="start uniformly in the ball")
-    attack.add_argument("--seed", type=common.number(int, 0, 2**32 - 1), default=None,
-                        help="of the attack and of k-means (default: the run's)")
+    attack.add_argument("--seed", type=common.number(int, 0, 2**32 - 1), nargs="+", default=None,
+                        help="of the attack; with several, tables show their mean (default: the "
+                             "run's)")
     data = parser.add_argument_group("data and machine")
     data.add_argument("--data-root", default=None, help="(default: the run's)")
     data.add_argument("--cache-gb", type=common.number(float, 0), default=4.0,
@@ -168,13 +404,36 @@ def parse_args(argv=None):
     output.add_argument("--rules", nargs="+", type=inference_rule, default=None, metavar="RULE",
                         help="show these inference rules of ensembles alone: vote, member_mean, "
                              "concat, mean, member_1 ..., and no undefended rows")
+    output.add_argument("--metrics", nargs="+", default=None, metavar="NAME",
+                        choices=("R@1", "R@2", "R@4", "R@8", "R@10", "R@20", "R@100", "R@1000",
+                                 "mAP@R", "NMI", "AMI", "F1", "success", "min_eps_255"),
+                        help="the columns of --table: R@1 mAP@R ...")
+    output.add_argument("--figures", default=None, metavar="DIR",
+                        help="draw embeddings before and after the first attack, and the curves of "
+                             "--eval-every, if there are any (needs matplotlib)")
     output.add_argument("--overwrite", action="store_true",
                         help="attack again where results.json has the entry")
     output.add_argument("--dry-run", action="store_true", help="one batch; writes nothing")
     args = parser.parse_args(argv)
     if args.into and not args.table:
         parser.error("--into FILE needs --table NAME")
+    if args.metrics and not args.table:
+        parser.error("--metrics needs --table NAME")
+    if args.template_target == "self" and (args.protocol != "template" or
+                                           args.objective not in (None, ["neighbour"])):
+        parser.error("--template-target self belongs to --protocol template and its objective "
+                     "neighbour: drop it or the other flag")
     return args
+
+
+def attacks_of(args, seed):
+    """The attacks that the flags ask for, on a run with this seed."""
+    names = (args.attack or ([] if args.min_eps else ["pgd"])) + ["min-eps"] * args.min_eps
+    objectives = ["self"] if args.template_target == "self" else args.objective or [None]
+    return [common.Attack(args.protocol, name, objective, eps, args.step_size, args.attack_steps,
+                          args.restarts, args.random_start, of_attack)
+            for objective in objectives for name in names for eps in args.eps or [None]
+            for of_attack in args.seed or [seed]]
 
 
 def inference_rule(text):
@@ -198,44 +457,31 @@ def main(args):
     if not runs:
         raise UserError("no run has a checkpoint yet: wait for its first epoch")
     device = common.pick_device(args.device, args.deterministic)
-    rows, report, attack = [], [], None
+    if args.figures:
+        pyplot()                                                          # installed?
+    rows, report = [], []
     for run, checkpoint in zip(runs, checkpoints):
-        flags = argparse.Namespace(**checkpoint["args"])
-        attack = common.Attack(args.protocol, args.attack, args.objective, args.eps,
-                               args.step_size, args.attack_steps, args.restarts, args.random_start,
-                               flags.seed if args.seed is None else args.seed)
-        results = stored_results(run, checkpoint)
-        entries = known_entries(results["robust"], attack, args) if results else []
-        if entries and not args.overwrite and not args.dry_run:
-            clean = results["clean"]
-            if (entries[0]["n_queries"], args.amp, attack.seed) != \
-                    (clean["n_queries"], False, results["seed"]):
-                # the stored clean scores are others: only the attacked ones are shown again
-                clean = {**clean, "by_rule": {rule: {} for rule in clean["by_rule"]}}
-            outcome = {"clean": clean, "robust": entries, "warnings": results["warnings"]}
-        else:
-            outcome = evaluate_run(checkpoint, flags, attack, args, device)
-            if results is not None and not args.dry_run:
-                same = common.entries_of(results["robust"], attack,
-                                         outcome["clean"]["n_queries"], args.amp)
-                results["robust"] = [entry for entry in results["robust"]
-                                     if entry not in same] + outcome["robust"]
-                common.write_atomic(Path(run) / "results.json",
-                                    json.dumps(results, indent=1).encode())
+        outcome = outcome_of(run, checkpoint, args, device)
         label = Path(run).stem if Path(run).is_file() else Path(run).resolve().name
-        own = common.results_table(outcome, label, args.rules)
-        undefended = None if args.rules else (results or {}).get("undefended")
-        known = known_entries(undefended["robust"], attack, args) if undefended else []
-        if known:
+        own = rows_of(outcome["clean"], outcome["found"], label, args.rules)
+        undefended = None if args.rules else outcome["undefended"]
+        if undefended:
+            known = [(attack, known_entries(undefended["robust"], attack, args))
+                     for attack, _ in outcome["found"]]
             name = f"{label} undefended" if undefended["epochs"] else f"{label} not trained"
-            own += common.results_table({**undefended, "robust": known}, name)
+            own += rows_of(undefended["clean"], [pair for pair in known if pair[1]], name)
         rows += own
-        report.append({"run": label, "flags": checkpoint["args"], "rows": own, **outcome})
+        report.append({"run": label, "flags": checkpoint["args"], "rows": own,
+                       "clean": outcome["clean"], "warnings": outcome["warnings"],
+                       "robust": [entry for _, found in outcome["found"] for entry in found]})
     if not rows:
         raise UserError(f"--rules {' '.join(args.rules)}: no run has them; drop --rules to see all")
+    attacks = attacks_of(args, 0)
+    title, words = title_of(attacks)
     limited = f", a fixed subset of {args.limit_queries} images" if args.limit_queries else ""
-    print(f"{attack}{limited}{', bfloat16' if args.amp else ''}; scores in %")
-    print(common.format_table(rows))
+    print(f"{title}{limited}{', bfloat16' if args.amp else ''}; scores in %")
+    print(common.format_table([{**row, "name": " ".join([row["name"], words[row["attack"]]])}
+                               for row in rows]))
     for outcome in report:
         for alert in outcome["warnings"]:
             print(f"warning: {outcome['run']}: {alert}")
@@ -246,11 +492,68 @@ def main(args):
                    for outcome in report]
         common.write_atomic(Path(args.json), json.dumps(content, indent=1).encode())
     if args.table:
-        content = table_content(report, attack)
+        content = table_content(report, attacks, args.metrics)
         common.write_atomic(Path(args.table + ".json"), json.dumps(content, indent=1).encode())
         common.write_atomic(Path(args.table + ".md"), table_markdown(content).encode())
     if args.into:
         insert_table(Path(args.into), args.table, table_markdown(content))
+    if args.figures:
+        draw_figures(Path(args.figures), runs, checkpoints, attacks[0], args, device)
+
+
+def outcome_of(run, checkpoint, args, device):
+    """{"clean", "found": [(attack, entries)], "warnings", "undefended"} of a run: what its
+    results.json has already is read, the rest is measured and stored there."""
+    flags = argparse.Namespace(**checkpoint["args"])
+    attacks, results = attacks_of(args, flags.seed), stored_results(run, checkpoint)
+    fresh = args.overwrite or args.dry_run or not results
+    known = [[] if fresh else known_entries(results["robust"], attack, args) for attack in attacks]
+    missing = [attack for attack, entries in zip(attacks, known) if not entries]
+    if missing:
+        outcome = evaluate_run(checkpoint, flags, missing, args, device)
+        measured = [common.entries_of(outcome["robust"], attack) for attack in missing]
+        if results is not None and not args.dry_run:
+            same = [entry for attack in missing for entry in common.entries_of(
+                results["robust"], attack, outcome["clean"]["n_queries"], args.amp)]
+            results["robust"] = [entry for entry in results["robust"]
+                                 if entry not in same] + outcome["robust"]
+            common.write_atomic(Path(run) / "results.json", json.dumps(results, indent=1).encode())
+        clean, alerts = outcome["clean"], outcome["warnings"]
+    else:
+        measured, clean, alerts = [], results["clean"], results["warnings"]
+        if (known[0][0]["n_queries"], args.amp) != (clean["n_queries"], False):
+            # the stored clean scores are others: only the attacked ones are shown again
+            clean = {**clean, "by_rule": {rule: {} for rule in clean["by_rule"]}}
+    rest = iter(measured)
+    return {"clean": clean, "warnings": alerts, "undefended": (results or {}).get("undefended"),
+            "found": [(attack, entries or next(rest)) for attack, entries in zip(attacks, known)]}
+
+
+def rows_of(clean, found, label, rules=None):
+    """A row per attack and inference rule {name, attack, clean, attacked, attack_seeds, attack_std}
+    from [(attack, entries)]; attacked is the mean over the seeds of the attack."""
+    by_attack, rows = {}, []
+    for attack, entries in found:
+        by_attack.setdefault(attack.words(), []).append((attack.seed, entries))
+    for words, seeds in by_attack.items():
+        tables = [common.results_table({"clean": clean, "robust": entries}, label, rules)
+                  for _, entries in seeds]
+        for same in zip(*tables):
+            scores = spread([row["attacked"] for row in same])
+            rows.append({**same[0], "attack": words, "attack_seeds": [seed for seed, _ in seeds],
+                         "attacked": {name: mean for name, (mean, _) in scores.items()},
+                         "attack_std": {name: std for name, (_, std) in scores.items()}})
+    return rows
+
+
+def title_of(attacks):
+    """What all attacks share in words, and what is left to say of each: (title, {words: rest})."""
+    every = list(dict.fromkeys(attack.words() for attack in attacks))
+    shared = [len(set(column)) == 1 for column in zip(*every)]
+    title = str(attacks[0]) if all(shared) else f"{attacks[0].protocol}: " + ", ".join(
+        word for word, same in zip(every[0][1:], shared[1:]) if same)
+    return title, {words: " ".join(word for word, same in zip(words, shared) if not same)
+                   for words in every}
 
 
 def insert_table(path, name, table):
@@ -268,10 +571,12 @@ def insert_table(path, name, table):
         common.write_atomic(path, f"{before}{start}{table}{closed}{after}".encode())
 
 
-def table_content(report, attack):
-    """What --table stores: a row per configuration and rule, mean and std over its seeds; and the
-    flags of every configuration's first run."""
+def table_content(report, attacks, metrics=None):
+    """What --table stores: a row per configuration, rule and attack, mean and std over its seeds
+    (of the attack's seeds, where the training has one alone); and the flags of every
+    configuration's first run."""
     groups, configurations = {}, {}
+    title, words = title_of(attacks)
     for outcome in report:
         flags, seed = outcome["flags"], f"-s{outcome['flags']['seed']}"
         config = json.dumps({name: value for name, value in flags.items()
@@ -282,12 +587,19 @@ def table_content(report, attack):
             for name, value in outcome["flags"].items()})
         for row in outcome["rows"]:
             name = row["name"].replace(outcome["run"], configuration)
-            groups.setdefault((config, name), []).append((flags["seed"], row))
-    rows = [{"name": name, "seeds": [seed for seed, _ in found],
-             **{side: spread([row[side] for _, row in found]) for side in ("clean", "attacked")}}
-            for (_, name), found in groups.items()]
-    return {"command": shlex.join(["python", "eval.py", *sys.argv[1:]]), "attack": attack.entry(),
-            "title": str(attack), "flags": configurations, "versions": common.versions(),
+            groups.setdefault((config, name, row["attack"]), []).append((flags["seed"], row))
+    rows = []
+    for (_, name, attack), found in groups.items():
+        row = {"name": name, "attack": words[attack], "seeds": [seed for seed, _ in found],
+               "attack_seeds": max(len(own["attack_seeds"]) for _, own in found),
+               **{side: spread([own[side] for _, own in found]) for side in ("clean", "attacked")}}
+        if row["attack_seeds"] > 1:
+            row["attack_std"] = {metric: mean for metric, (mean, _) in
+                                 spread([own["attack_std"] for _, own in found]).items()}
+        rows.append(row)
+    return {"command": shlex.join(["python", "eval.py", *sys.argv[1:]]),
+            "attacks": [attack.entry() for attack in attacks], "title": title, "metrics": metrics,
+            "flags": configurations, "versions": common.versions(),
             "warnings": [f"{outcome['run']}: {alert}" for outcome in report
                          for alert in outcome["warnings"]], "rows": rows}
 
@@ -297,27 +609,47 @@ def spread(scores):
     return {name: [statistics.mean(score[name] for score in scores),
                    statistics.stdev(score[name] for score in scores) if len(scores) > 1 else None]
             for name, value in scores[0].items()
-            if isinstance(value, float) and all(name in score for score in scores)}
+            if isinstance(value, float) and all(isinstance(score.get(name), float)
+                                                for score in scores)}
 
 
 def table_markdown(content):
-    """The Markdown of a --table file, made from its JSON alone."""
-    columns = [(side, name) for side in ("clean", "attacked") for name in content["rows"][0][side]
-               if name in ("mAP@R", "NMI", "AMI", "F1") or name in ("R@1", "R@8", "R@10")]
-    lines = ["| " + " | ".join(["in %", *(f"{side} {name}" for side, name in columns)]) + " |",
-             "|---" + "|---:" * len(columns) + "|"]
-    most = max(len(row["seeds"]) for row in content["rows"])
-    for row in content["rows"]:
-        fewer = "" if len(row["seeds"]) == most else f" (seeds: {len(row['seeds'])})"
-        cells = [row["name"] + fewer]
-        for side, name in columns:
-            mean, std = row[side].get(name, [None, None])
-            cells.append("-" if mean is None else f"{100 * mean:.1f}"
-                         + ("" if std is None else f" ± {100 * std:.1f}"))
+    """The Markdown of a --table file, made from its JSON alone: a line per configuration and rule,
+    its attacks side by side."""
+    rows, wanted = content["rows"], content.get("metrics")
+    sides = dict.fromkeys([("clean", ""), *(("attacked", row.get("attack", "")) for row in rows)])
+    columns = [(side, attack, metric) for side, attack in sides for metric in dict.fromkeys(
+        metric for row in rows if side == "clean" or row.get("attack", "") == attack
+        for metric in row[side])
+        if metric in (wanted or ("mAP@R", "NMI", "AMI", "F1", "R@1", "R@8", "R@10", "success",
+                                 "min_eps_255"))]
+    heads = [" ".join(filter(None, [attack or side, common.metric_name(metric)]))
+             for side, attack, metric in columns]
+    lines = ["| " + " | ".join(["in %", *heads]) + " |", "|---" + "|---:" * len(columns) + "|"]
+    most = max(len(row["seeds"]) for row in rows)
+    repeated = max(row.get("attack_seeds", 1) for row in rows)
+    in_line, met = {}, Counter()                     # the rows of a line, one per attack
+    for row in rows:
+        row_key = (row["name"], row.get("attack", ""), *row["seeds"])
+        in_line.setdefault((row["name"], met[row_key], *row["seeds"]), []).append(row)
+        met[row_key] += 1
+    for (name, _, *seeds), own in in_line.items():
+        cells = [name + ("" if len(seeds) == most else f" (seeds: {len(seeds)})")]
+        for side, attack, metric in columns:
+            row = next((row for row in own if side == "clean" or row.get("attack", "") == attack),
+                       {side: {}})
+            mean, std = row[side].get(metric, [None, None])
+            if side == "attacked" and len(seeds) == 1:
+                std = row.get("attack_std", {}).get(metric)
+            cells.append("-" if mean is None else common.cell(metric, mean)
+                         + ("" if std is None else f" ± {common.cell(metric, std)}"))
         lines.append("| " + " | ".join(cells) + " |")
-    chance = content["rows"][0]["clean"].get("NMI_chance")
+    chance = rows[0]["clean"].get("NMI_chance")
+    if wanted and not {"NMI"} & set(wanted):
+        chance = None
     title = (f"{content['title']}; {most} seed{'s' if most > 1 else ''}"
-             f"{', mean ± std' if most > 1 else ''}"
+             f"{f', {repeated} of the attack on each' if repeated > 1 else ''}"
+             f"{', mean ± std' if max(most, repeated) > 1 else ''}"
              f"{f'; NMI by chance {100 * chance[0]:.1f}' if chance else ''}. "
              f"Made by `{content['command']}`.")
     return "\n".join([title, "", *lines, *(f"\nWarning: {alert}" for alert in content["warnings"])]
@@ -352,8 +684,20 @@ def known_entries(robust, attack, args):
                 else not limit or entry["n_queries"] <= limit)]
 
 
-def evaluate_run(checkpoint, flags, attack, args, device):
+def evaluate_run(checkpoint, flags, attacks, args, device):
     """{"clean", "robust", "warnings"} of a run's members on the images it reports on."""
+    members, test = open_run(checkpoint, flags, args, device)
+    passes = len(test) * len(members) * (2 + sum(passes_of(attack) for attack in attacks))
+    print(f"{flags.dataset}: {len(test)} images, {len(members)} networks, "
+          f"{', '.join(map(str, attacks))}: at most {passes:,} passes", flush=True)
+    clean, robust, alerts = common.evaluate_set(
+        members, test, attacks, batch_size=args.batch_size, workers=args.workers, device=device,
+        ks=common.KS.get(flags.dataset, (1, 2, 4, 8)), seed=flags.seed, entries=attack_entries)
+    return {"clean": clean, "robust": robust, "warnings": alerts}
+
+
+def open_run(checkpoint, flags, args, device):
+    """A run's members and the images that it reports on."""
     if args.data_root is not None:
         flags.data_root = args.data_root
     flags.limit_queries = max(args.batch_size, 2) if args.dry_run else args.limit_queries
@@ -363,13 +707,91 @@ def evaluate_run(checkpoint, flags, attack, args, device):
     members = common.build_members(checkpoint, device)
     for member in members:
         member.amp = args.amp
-    passes = len(test) * len(members) * (2 + 2 * attack.steps * attack.restarts)
-    print(f"{flags.dataset}: {len(test)} images, {len(members)} networks, {attack}: "
-          f"{passes:,} passes", flush=True)
-    clean, robust, alerts = common.evaluate_set(
-        members, test, [attack], batch_size=args.batch_size, workers=args.workers, device=device,
-        ks=common.KS.get(flags.dataset, (1, 2, 4, 8)), seed=attack.seed)
-    return {"clean": clean, "robust": robust, "warnings": alerts}
+    return members, test
+
+
+def passes_of(attack):
+    """Forward and backward passes per image and network, at most."""
+    if attack.attack == "cw":
+        return CW_ROUNDS * (3 * attack.steps + 1)
+    if attack.attack == "min-eps":
+        return 9 * (2 * attack.steps + 1)
+    return 2 * attack.steps * attack.restarts
+
+
+# ---- figures
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+MARKS = "os^vDP*X"
+
+
+def pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--figures needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")                            # files alone, no window
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def draw_figures(folder, runs, checkpoints, attack, args, device):
+    """embeddings.png: before and after the attack; training.png: the curves of --eval-every."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plt = pyplot()
+    figure, axes = plt.subplots(len(runs), 2, figsize=(7, 3.5 * len(runs)), squeeze=False,
+                                layout="constrained")
+    for run, checkpoint, (before, after) in zip(runs, checkpoints, axes):
+        flags = argparse.Namespace(**checkpoint["args"])
+        members, test = open_run(checkpoint, flags, args, device)
+        draw_embeddings(before, after, members[0], test, attack, args, device)
+        before.set_ylabel(Path(run).name.removesuffix(f"-s{flags.seed}"))
+    axes[0, 0].set_title("clean")
+    axes[0, 1].set_title(f"attacked ({attack.words()[2]}, {attack.words()[3]})")
+    figure.savefig(folder / "embeddings.png", dpi=120)
+    print(f"wrote {folder / 'embeddings.png'}")
+    curves = {}
+    for run in runs:
+        scored = [line for line in common.read_log(run) if "robust_R@1" in line]
+        if scored:
+            curves.setdefault(re.sub(r"-s\d+$", "", Path(run).name), []).append(scored)
+    if curves:
+        figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True, layout="constrained")
+        for (name, seeds), colour in zip(curves.items(), itertools.cycle(COLOURS)):
+            for axis, side in zip(axes, ("clean", "robust")):
+                epochs = [line["epoch"] for line in min(seeds, key=len)]
+                scores = 100 * np.array([[line[f"{side}_R@1"] for line in own[:len(epochs)]]
+                                         for own in seeds])
+                axis.plot(epochs, scores.mean(0), color=colour, label=name)
+                axis.fill_between(epochs, scores.min(0), scores.max(0), color=colour, alpha=0.2)
+        for axis, side in zip(axes, ("clean", "attacked")):
+            axis.set(xlabel="epoch", ylabel=f"{side} Recall@1 (%)", ylim=(0, 100))
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        figure.savefig(folder / "training.png", dpi=120)
+        print(f"wrote {folder / 'training.png'}")
+
+
+def draw_embeddings(before, after, model, test, attack, args, device):
+    """Up to eight classes: as they are in two dimensions, otherwise in the plane of the first two
+    principal components of their clean embeddings."""
+    part = test.subset((test.labels < len(COLOURS)).nonzero()[:, 0])
+    rows = torch.arange(len(part)).split(args.batch_size)
+    retrieval = common.Retrieval(
+        [model], lambda: common.load_batches(part, rows, augment=False, device=device),
+        part.labels.to(device))
+    (attacked,), _ = common.attacked_embeddings(retrieval, attack, *plan(retrieval, attack)[:2])
+    clean, flat = retrieval.clean[0], retrieval.clean[0].shape[1] == 2
+    axes = torch.eye(2) if flat else torch.linalg.svd(clean.cpu() - clean.cpu().mean(0))[2][:2]
+    for axis, embeddings in ((before, clean), (after, attacked)):
+        points, angle = embeddings.cpu() @ axes.T, np.linspace(0, 2 * np.pi, 200)
+        if flat:
+            axis.plot(np.cos(angle), np.sin(angle), color="0.8", zorder=0)
+        for label, (name, colour, mark) in enumerate(zip(part.classes, COLOURS, MARKS)):
+            own = points[part.labels == label]
+            axis.scatter(*own.T, s=18, color=colour, marker=mark, alpha=0.6, linewidth=0,
+                         label=name)
+        axis.set(aspect="equal", xlabel="" if flat else "first principal component")
+    after.legend(fontsize="x-small", loc="center" if flat else "best")
 
 
 if __name__ == "__main__":
