@@ -1024,8 +1024,10 @@ def mine_triplets(embeddings: Tensor, labels: Tensor, how: str, generator=None, 
     positives = positives if positives is None else positives.to(labels.device)[usable]
     if len(anchors) == 0:
         return anchors, anchors, anchors
-    # exact differences: the matmul form of cdist is off by 1e-3 for near-identical rows
-    distance = torch.cdist(embeddings[anchors].float(), embeddings.float(),
+    # exact differences: the matmul form of cdist is off by 1e-3 for near-identical rows. A network
+    # that has diverged still gets triplets, and a loss that says so.
+    finite = embeddings.float().nan_to_num(0, 0, 0)
+    distance = torch.cdist(finite[anchors], finite,
                            compute_mode="donot_use_mm_for_euclid_dist")                # (T, B)
     nearest_negative = distance.masked_fill(~negative, torch.inf)
     farthest_positive = distance.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)

@@ -739,15 +739,14 @@ def draw_figures(folder, runs, checkpoints, attack, args, device):
     """embeddings.png: before and after the attack; training.png: the curves of --eval-every."""
     folder.mkdir(parents=True, exist_ok=True)
     plt = pyplot()
-    figure, axes = plt.subplots(len(runs), 2, figsize=(7, 3.5 * len(runs)), squeeze=False,
+    figure, axes = plt.subplots(len(runs), 2, figsize=(8, 3.8 * len(runs)), squeeze=False,
                                 layout="constrained")
     for run, checkpoint, (before, after) in zip(runs, checkpoints, axes):
         flags = argparse.Namespace(**checkpoint["args"])
         members, test = open_run(checkpoint, flags, args, device)
         draw_embeddings(before, after, members[0], test, attack, args, device)
-        before.set_ylabel(Path(run).name.removesuffix(f"-s{flags.seed}"))
-    axes[0, 0].set_title("clean")
-    axes[0, 1].set_title(f"attacked ({attack.words()[2]}, {attack.words()[3]})")
+        before.set_title(f"{Path(run).name}: clean")
+        after.set_title("attacked: " + ", ".join(attack.words()[1:]))
     figure.savefig(folder / "embeddings.png", dpi=120)
     print(f"wrote {folder / 'embeddings.png'}")
     curves = {}
@@ -788,10 +787,12 @@ def draw_embeddings(before, after, model, test, attack, args, device):
             axis.plot(np.cos(angle), np.sin(angle), color="0.8", zorder=0)
         for label, (name, colour, mark) in enumerate(zip(part.classes, COLOURS, MARKS)):
             own = points[part.labels == label]
-            axis.scatter(*own.T, s=18, color=colour, marker=mark, alpha=0.6, linewidth=0,
+            axis.scatter(*own.T, s=22, color=colour, marker=mark, alpha=0.6, linewidth=0,
                          label=name)
-        axis.set(aspect="equal", xlabel="" if flat else "first principal component")
-    after.legend(fontsize="x-small", loc="center" if flat else "best")
+        axis.set(aspect="equal", xlim=(-1.1, 1.1), ylim=(-1.1, 1.1))
+        if not flat:
+            axis.set(xlabel="first principal component", ylabel="second")
+    after.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 if __name__ == "__main__":

@@ -3,14 +3,15 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.6", "torchvision>=0.21", "numpy>=1.26"]
 # ///
-"""Robust contrastive and triplet training (Panum et al., "Adversarial Deep Metric Learning").
+"""Robust contrastive and triplet training for deep metric learning (Panum et al.).
 
     python panum_at.py                                   # built-in glyphs, 2 CPU cores
     python panum_at.py --loss triplet --dataset cub      # the paper's setting
     python panum_at.py --dataset gaussian                # its Appendix E
 
-The ICLR 2021 submission, later arXiv 2102.07265 (P. below). F(x) is the unit embedding, d the
-Euclidean distance, |z - x|_inf <= eps. One step on a batch of 56 classes x 2 images:
+P. below is "Adversarial Deep Metric Learning", ICLR 2021 submission, later arXiv 2102.07265. F(x) is
+the unit embedding, d the Euclidean distance, z an image with |z - x|_inf <= eps. A step on a batch
+of 56 classes x 2 images:
 
     1  every image is an anchor a and gets, among the clean        common.mine_triplets
        embeddings, a positive p and a negative n

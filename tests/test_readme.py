@@ -12,10 +12,12 @@ import pytest
 import baselines
 import eat
 import eval as evaluator
+import panum_at
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-SCRIPTS = {"eat.py": eat, "baselines.py": baselines, "eval.py": evaluator}
+SCRIPTS = {"eat.py": eat, "baselines.py": baselines, "panum_at.py": panum_at,
+           "eval.py": evaluator}
 SOURCES = sorted(ROOT.glob("*.py"))
 
 

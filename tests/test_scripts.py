@@ -28,6 +28,7 @@ import baselines
 import common
 import eat
 import eval as evaluator
+import panum_at
 
 ROOT = Path(__file__).resolve().parent.parent
 OUR_FILES = {"args.json", "log.jsonl", "last.pt", "results.json"}
@@ -64,7 +65,7 @@ def pictures(tmp_path_factory):
 
 def flags(pictures, out, *more, method="eat"):
     """The flags of a tiny run; argparse takes the last value of a flag given twice."""
-    own = {"eat": ["--members", "2"],
+    own = {"eat": ["--members", "2"], "panum": [],
            "ensemble": ["--method", "ensemble", "--members", "2"]}.get(method, ["--method", method])
     return ["--dataset", "folder", "--data-root", str(pictures), "--out", str(out),
             "--arch", "convnet", "--weights", "none", "--image-size", "32", "--epochs", "4",
@@ -234,7 +235,7 @@ def in_child(script, arguments, folder, file_limit):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     sys.argv = [f"{script}.py", *map(str, arguments)]
-    module = {"eat": eat, "baselines": baselines, "eval": evaluator}[script]
+    module = {"eat": eat, "baselines": baselines, "panum_at": panum_at, "eval": evaluator}[script]
     common.run_script(module.parse_args, module.main)
 
 
@@ -671,7 +672,8 @@ def test_no_space_left_is_one_line(name, pictures, tmp_path, monkeypatch, fails)
 # ---- (10) two files are enough
 
 @pytest.mark.parametrize("script, method, row", [("eat.py", "eat", "eat vote"),
-                                                 ("baselines.py", "act", "act ")])
+                                                 ("baselines.py", "act", "act "),
+                                                 ("panum_at.py", "panum", "panum ")])
 def test_a_script_and_common_alone_run_to_the_end(script, method, row, pictures, tmp_path):
     for name in (script, "common.py"):
         shutil.copy(ROOT / name, tmp_path / name)
@@ -767,6 +769,12 @@ def test_eval_of_a_dry_run_writes_nothing(finished):
     ("--restarts 2 --attack-steps 1", {"restarts": 2}),
     ("--eps 4/255 --attack-steps 2", {"steps": 2, "eps": 4 / 255, "step": 1 / 255}),
     ("--protocol template --objective shift --attack-steps 1", {"objective": "shift"}),
+    ("--protocol template --attack cw --attack-steps 1 --eps 0.01",
+     {"attack": "cw", "objective": "neighbour", "step": 0.001, "steps": 1}),
+    ("--protocol template --template-target self --attack-steps 1", {"objective": "self"}),
+    ("--protocol template --min-eps --attack-steps 1", {"attack": "min-eps", "eps": 32 / 255}),
+    ("--protocol template --objective targeted-random --attack-steps 1",
+     {"objective": "targeted-random"}),
     ("--limit-queries 10 --attack-steps 1", {"limited": True, "n_queries": 10}),
     ("--amp --attack-steps 1", {"amp": True}), ("--seed 5 --attack-steps 1", {"seed": 5})])
 def test_eval_options_stand_in_the_entries(options, expected, finished, monkeypatch):
@@ -798,6 +806,10 @@ def test_eval_of_an_unfinished_run_stores_nothing(stopped, capsys):
 @pytest.mark.parametrize("bad, words", [
     ("--objective shift --no-random-start", "random start"), ("--objective neighbour", "template"),
     ("--eps 8", "8/255"), ("--attack-steps -1", "-1"), ("--restarts 0", "0"),
+    ("--attack cw", "template"), ("--min-eps", "template"), ("--template-target self", "template"),
+    ("--protocol template --template-target self --objective shift", "neighbour"),
+    ("--protocol template --attack cw --restarts 2", "--restarts 2"),
+    ("--objective targeted-nearest", "template"), ("--metrics R@1", "--table"),
     ("--rest 2", "--rest"), ("--protocol nope", "nope"), ("--device nope", "nope"),
     ("--data-root nowhere", "nowhere")])
 def test_a_bad_value_for_eval_is_one_line(bad, words, finished, fails):
@@ -1253,7 +1265,7 @@ def test_every_script_keeps_the_books_in_the_same_order():
     order = ["load_run_data", "claim_folder", "check_same_classes", "pick_device", "restore",
              "cache_images", "begin_run", "check_finite", "closing_evaluation", "log_epoch",
              "save_checkpoint", "closing_evaluation", "run_results", "write_atomic"]
-    for script in (eat, baselines):
+    for script in (eat, baselines, panum_at):
         (main,) = [node for node in ast.parse(Path(script.__file__).read_text()).body
                    if isinstance(node, ast.FunctionDef) and node.name == "main"]
         calls = [node for node in ast.walk(main) if isinstance(node, ast.Call)
@@ -1368,3 +1380,189 @@ def test_a_page_without_the_marks_is_refused_before_any_attack(page, words, tabl
 
 def test_into_without_a_table_is_one_line(tmp_path, fails):
     fails(2, ["--into", "--table"], evaluator, tmp_path, "--into", "page.md")
+
+
+# ---- (20) panum_at.py
+
+@pytest.fixture(scope="session")
+def panum_run(pictures, tmp_path_factory):
+    """A complete run, evaluated after every second epoch; not to be changed."""
+    out = tmp_path_factory.mktemp("runs") / "panum-folder-convnet-s0"
+    train(*flags(pictures, out, "--eval-every", "2", method="panum"), script=panum_at)
+    return out
+
+
+def test_a_panum_run_writes_the_same_four_files(panum_run):
+    assert set(contents(panum_run)) == OUR_FILES
+    assert json.loads((panum_run / "args.json").read_text())["method"] == "panum"
+    checkpoint = saved(panum_run)
+    assert (checkpoint["method"], checkpoint["epoch"], checkpoint["proxies"]) == ("panum", 4, [])
+    assert len(common.load_model(panum_run)) == 1
+
+
+def test_a_panum_run_logs_its_terms_and_scores(panum_run):
+    for line in log(panum_run):
+        scores = {"clean_R@1", "clean_mAP@R", "robust_R@1", "robust_mAP@R"}
+        assert set(line) == {"epoch", "loss", "clean", "attacked", "lr", "seconds", "collapse",
+                             "images_per_second", *(scores if line["epoch"] % 2 == 0 else ())}
+        assert line["lr"] == 1e-5 and 0 <= line["attacked"] <= 1 and line["loss"] > 0
+    assert 0 < sum(line["attacked"] for line in log(panum_run)) < 4
+
+
+def test_a_panum_run_closes_with_algorithm_1_and_an_undefended_row(panum_run, capsys):
+    results = stored(panum_run)
+    assert set(results) == RESULTS | {"undefended"}
+    (entry,) = results["robust"]
+    assert ENTRY <= set(entry) and (entry["protocol"], entry["objective"]) == \
+        ("template", "neighbour")
+    assert entry["eps"] == 0.01 and entry["step"] == 0.004 and entry["R@1"] <= \
+        results["clean"]["R@1"]
+    train("--resume", "--out", panum_run, script=panum_at)
+    assert first_words(capsys.readouterr().out) == ["not trained", "panum"]
+
+
+def test_curves_do_not_change_the_training(panum_run, pictures, tmp_path):
+    train(*flags(pictures, tmp_path / "run", method="panum"), script=panum_at)
+    assert same_training(panum_run, tmp_path / "run")
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_panum_run_interrupted_and_resumed_ends_bit_for_bit_the_same(workers, panum_run, pictures,
+                                                                       tmp_path):
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(monkeypatch, 3)
+        train(*flags(pictures, out, "--eval-every", "2", method="panum"), script=panum_at)
+    train("--resume", "--out", out, "--workers", workers, script=panum_at)
+    assert same_training(out, panum_run) and without_clock(log(out)) == \
+        without_clock(log(panum_run))
+    assert without_seconds(stored(out)) == without_seconds(stored(panum_run))
+
+
+def test_the_undefended_network_of_panum_is_its_run_at_rate_0(pictures, tmp_path):
+    train(*flags(pictures, tmp_path / "run", "--plain-epochs", "4", method="panum"),
+          script=panum_at)
+    train(*flags(pictures, tmp_path / "rate0", "--attack-rate", "0", method="panum"),
+          script=panum_at)
+    undefended, rate0 = stored(tmp_path / "run")["undefended"], stored(tmp_path / "rate0")
+    assert undefended["epochs"] == 4 and "undefended" not in rate0
+    assert undefended["clean"] == rate0["clean"]
+    assert without_seconds({**undefended, "warnings": []}) == \
+        {**without_seconds(rate0), "warnings": []}
+
+
+@pytest.mark.parametrize("options, variant", [
+    ("--loss triplet", "triplet"), ("--perturb anchor", "anchor"),
+    ("--loss triplet --perturb negative --attack-rate 1", "triplet-rate1-negative"),
+    ("--formulation 2", "formulation2"), ("--attack fgsm", "fgsm"),
+    ("--formulation 3 --reg-weight 2", "formulation3-lambda2"),
+    ("--loss triplet --reduction mean --squared", "triplet-mean-squared"),
+    ("--cutoff-high none --cutoff-low none", "cutoffs-none-none"), ("--images-per-class 0", ""),
+    ("--benign-epochs 1 --eps-ramp-epochs 2", ""), ("--amp --val-classes 1 --batch-size 4", ""),
+    ("--eval-every 1 --limit-queries 10", ""), ("--weights none --freeze-bn", ""),
+    ("--dataset gaussian --images-per-class 3 --limit-queries 20 --image-size 16", "")])
+def test_every_option_of_panum_runs(options, variant, pictures, tmp_path):
+    train(*flags(pictures, tmp_path / "run", "--epochs", "1", *options.split(), method="panum"),
+          script=panum_at)
+    results = stored(tmp_path / "run")
+    assert (results["method"], results["variant"], results["epoch"]) == ("panum", variant, 1)
+    ball = [json.loads((tmp_path / "run" / "args.json").read_text())[name]
+            for name in ("eps", "step_size", "attack_steps")]
+    assert ball == [0.01, 0.01 if "fgsm" in options else 0.02, 1]
+
+
+def test_a_dry_run_of_panum_writes_nothing(pictures, tmp_path, capsys):
+    train(*flags(pictures, tmp_path / "run", "--dry-run", method="panum"), script=panum_at)
+    shown = capsys.readouterr().out
+    assert "one batch of (6, 3, 32, 32)" in shown and "attacked" in shown and "mAP@R" in shown
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("bad, words", [
+    ("--loss nope", "nope"), ("--attack-rate 2", "2"), ("--perturb nope", "nope"),
+    ("--reg-weight 2", "--formulation 3"), ("--squared", "--loss triplet"),
+    ("--formulation 2 --perturb negative", "negative"), ("--attack fgsm --step-size 1/255", "fgsm"),
+    ("--attack fgsm --attack-steps 3", "--eps"), ("--cutoff-low 1.5", "1.4"),
+    ("--cutoff-high 3", "3"), ("--images-per-class 1", "--images-per-class"),
+    ("--batch-size 8", "4 classes"), ("--val-classes 2", "1 class")])
+def test_a_bad_value_for_panum_is_one_line_and_nothing_is_written(bad, words, pictures, tmp_path,
+                                                                  fails):
+    fails(2, [words], panum_at, *flags(pictures, tmp_path / "run", *bad.split(), method="panum"))
+    assert not contents(tmp_path), "a refused run leaves nothing behind"
+
+
+def test_panum_stops_when_its_loss_is_not_finite(pictures, tmp_path, monkeypatch, fails):
+    monkeypatch.setattr(panum_at, "tuple_loss", lambda embeddings, *_: embeddings.sum() * torch.nan)
+    fails(1, ["nan", "none"], panum_at, *flags(pictures, tmp_path / "run", method="panum"))
+
+
+@pytest.mark.parametrize("script, run", [(panum_at, "finished"), (eat, "panum")],
+                         ids=["panum", "eat"])
+def test_panum_and_the_others_do_not_continue_each_other(script, run, finished, panum_run, fails):
+    out = finished if run == "finished" else panum_run
+    fails(2, ["resume it with the script"], script, "--resume", "--out", out)
+
+
+# ---- (21) eval.py: several attacks and seeds, figures
+
+@pytest.fixture
+def copied_panum(panum_run, tmp_path):
+    return shutil.copytree(panum_run, tmp_path / panum_run.name)
+
+
+def test_eval_measures_only_what_is_missing_of_several_attacks(copied_panum, monkeypatch):
+    several = [copied_panum, "--protocol", "template", *HERE]
+    evaluate(*several, "--attack", "fgsm")
+    evaluated = []
+    whole = common.evaluate_set
+
+    def watched(members, test, attacks, **options):
+        evaluated.extend((attack.attack, attack.eps, attack.seed) for attack in attacks)
+        return whole(members, test, attacks, **options)
+
+    monkeypatch.setattr(common, "evaluate_set", watched)
+    evaluate(*several, "--attack", "pgd", "fgsm", "--eps", "0.01", "0.05", "--seed", "0", "1")
+    assert evaluated == [("pgd", 0.01, 0), ("pgd", 0.01, 1), ("pgd", 0.05, 0), ("pgd", 0.05, 1),
+                         ("fgsm", 0.01, 1), ("fgsm", 0.05, 0), ("fgsm", 0.05, 1)]
+    assert len(stored(copied_panum)["robust"]) == 1 + 8     # the closing evaluation is another
+
+
+def test_a_table_of_several_attacks_has_them_side_by_side(copied_panum, tmp_path):
+    evaluate(copied_panum, "--protocol", "template", *HERE, "--attack", "pgd", "fgsm", "--eps",
+             "0.01", "0.05", "--seed", "0", "1", "2", "--table", tmp_path / "table", "--metrics",
+             "R@1", "mAP@R")
+    content = json.loads((tmp_path / "table.json").read_text())
+    header, _, line = [row for row in (tmp_path / "table.md").read_text().splitlines()
+                       if row.startswith("|")]
+    assert [cell.strip() for cell in header.strip("|").split("|")][1:5] == [
+        "clean R@1", "clean mAP@R", "PGD-1 eps 2.55/255 R@1", "PGD-1 eps 2.55/255 mAP@R"]
+    assert len(header.split("|")) == len(line.split("|")) == 2 + 1 + 2 + 8
+    entries = [entry for entry in stored(copied_panum)["robust"]
+               if (entry["attack"], entry["eps"]) == ("pgd", 0.05)]
+    scores = torch.tensor([entry["R@1"] for entry in entries], dtype=torch.float64)
+    row = next(row for row in content["rows"] if row["attack"] == "PGD-1 eps 12.8/255")
+    assert len(scores) == 3 == row["attack_seeds"] and row["seeds"] == [0]
+    assert row["attacked"]["R@1"][0] == pytest.approx(float(scores.mean()))
+    assert row["attack_std"]["R@1"] == pytest.approx(float(scores.std()))
+    assert f"{100 * scores.mean():.1f} ± {100 * scores.std():.1f}" in line
+
+
+def test_figures_are_drawn(copied_panum, pictures, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    flat = tmp_path / "flat"
+    train(*flags(pictures, flat, "--epochs", "1", "--embedding-dim", "2", method="panum"),
+          script=panum_at)
+    evaluate(copied_panum, flat, "--protocol", "template", *HERE, "--figures",
+             tmp_path / "figures")
+    shown = capsys.readouterr().out
+    for name in ("embeddings.png", "training.png"):
+        assert f"wrote {tmp_path / 'figures' / name}" in shown
+        with Image.open(tmp_path / "figures" / name) as picture:
+            assert picture.size[0] > 500 and len(picture.convert("RGB").getcolors(2**20)) > 20
+
+
+def test_figures_without_matplotlib_are_one_line(copied_panum, tmp_path, monkeypatch, fails):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    fails(2, ["pip install matplotlib"], evaluator, copied_panum, "--protocol", "template", *HERE,
+          "--figures", tmp_path / "figures")
+    assert not (tmp_path / "figures").exists()
