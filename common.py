@@ -51,7 +51,7 @@ class RunFailed(RuntimeError):
 
 
 # ---- randomness: every stream is a function of (seed, epoch, purpose), so resuming needs no state
-DATA, SPLIT, BATCHES, AUGMENT, TRAIN, EVALUATE, INITIAL, PROXIES = range(8)
+DATA, SPLIT, BATCHES, AUGMENT, TRAIN, EVALUATE, INITIAL, PROXIES, TARGETS = range(9)
 MEMBER = 100                                        # a purpose for member i: + MEMBER * i
 
 
@@ -1663,6 +1663,8 @@ class Attack:
                             f"needs its random start")
         if attack in ("cw", "min-eps") and restarts > 1:
             raise UserError(f"{attack} keeps its own best: drop --restarts {restarts}")
+        if attack == "min-eps" and eps == 0:
+            raise UserError("min-eps searches up to eps, which is 0: give a larger one")
         if not 0 <= eps <= 1 or not step_size >= 0 or steps < 0 or restarts < 1:
             raise UserError(f"an attack needs 0 <= eps <= 1, step size >= 0, steps >= 0 and "
                             f"restarts >= 1: found {eps}, {step_size}, {steps}, {restarts}")

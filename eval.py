@@ -175,9 +175,11 @@ def plan(retrieval, attack):
                 attack.random_start)
             return adversarial
 
+        success = extra
+
         def extra(embeddings):
-            rule = "member_1" if len(embeddings) == 1 else "vote"
-            return {rule: radius_scores(smallest[counted])}
+            scores, rule = success(embeddings), "member_1" if len(embeddings) == 1 else "vote"
+            return {**scores, rule: {**scores.get(rule, {}), **radius_scores(smallest[counted])}}
 
     return aim, craft, extra
 
@@ -186,7 +188,7 @@ def success_tests(retrieval, target=None):
     """make(rows) -> test(images): bool (B,), whether the attack on these queries has succeeded.
 
     It has when the label of the nearest candidate, voted where there are several models, is not
-    the query's own; with target (n,): when it is the target.
+    the query's own; with target (n,): when it is the target. Ties count against the query.
     """
     galleries = retrieval.clean if retrieval.gallery is None else retrieval.gallery
 
@@ -197,7 +199,11 @@ def success_tests(retrieval, target=None):
                 similarity = model(images) @ gallery.T - gallery.square().sum(1) / 2
                 if retrieval.gallery is None:                            # not the query itself
                     similarity[torch.arange(len(rows)), rows] = -torch.inf
-                first.append(retrieval.names[similarity.argmax(1)])
+                own = retrieval.labels[rows, None] == retrieval.names
+                right = similarity.masked_fill(~own, -torch.inf).amax(1)
+                wrong, other = similarity.masked_fill(own, -torch.inf).max(1)
+                first.append(torch.where(right > wrong, retrieval.labels[rows],
+                                         retrieval.names[other]))
             voted = common.vote_labels(torch.stack(first)[..., None])[:, 0]
             return voted != retrieval.labels[rows] if target is None else voted == target[rows]
         return test
@@ -284,7 +290,7 @@ def radius_scores(smallest):
     """Median of the smallest radii, in 1/255 (null: above eps), and the share that there are."""
     if len(smallest) == 0:
         return {"min_eps_255": None, "min_eps_found": None}
-    median = float(smallest.median())
+    median = statistics.median(smallest.tolist())
     return {"min_eps_255": 255 * median if math.isfinite(median) else None,
             "min_eps_found": float(smallest.isfinite().double().mean())}
 
@@ -295,10 +301,11 @@ def target_classes(retrieval, attack):
     if len(classes) < 2:
         raise UserError("a targeted attack needs candidates of two classes: give more data")
     if attack.objective == "targeted-random":
-        stream = common.random_stream(attack.seed, 0, common.EVALUATE, 1)
-        draw = torch.from_numpy(stream.integers(len(classes) - 1, size=len(labels)))
-        draw = draw.to(labels.device)
-        return classes[draw + (draw >= torch.searchsorted(classes, labels)).long()]
+        stream = common.random_stream(attack.seed, 0, common.TARGETS)
+        own = (classes == labels[:, None]).long()                        # (n, C)
+        others = len(classes) - own.sum(1)
+        draw = (torch.from_numpy(stream.random(len(labels))).to(labels.device) * others).long()
+        return classes[draw + ((own.argmax(1) <= draw) & own.any(1)).long()]
     spaces = common.rule_spaces(retrieval.clean, retrieval.gallery)
     own, gallery = spaces["concat" if "concat" in spaces else "member_1"]
     return retrieval.names[nearest_allowed(
@@ -550,8 +557,9 @@ def title_of(attacks):
     """What all attacks share in words, and what is left to say of each: (title, {words: rest})."""
     every = list(dict.fromkeys(attack.words() for attack in attacks))
     shared = [len(set(column)) == 1 for column in zip(*every)]
-    title = str(attacks[0]) if all(shared) else f"{attacks[0].protocol}: " + ", ".join(
-        word for word, same in zip(every[0][1:], shared[1:]) if same)
+    title = str(attacks[0]) if all(shared) else ": ".join(filter(None, [
+        attacks[0].protocol,
+        ", ".join(word for word, same in zip(every[0][1:], shared[1:]) if same)]))
     return title, {words: " ".join(word for word, same in zip(words, shared) if not same)
                    for words in every}
 

@@ -9,9 +9,9 @@
     python panum_at.py --loss triplet --dataset cub      # the paper's setting
     python panum_at.py --dataset gaussian                # its Appendix E
 
-P. below is "Adversarial Deep Metric Learning", ICLR 2021 submission, later arXiv 2102.07265. F(x) is
-the unit embedding, d the Euclidean distance, z an image with |z - x|_inf <= eps. A step on a batch
-of 56 classes x 2 images:
+P. below is "Adversarial Deep Metric Learning", ICLR 2021 submission, later arXiv 2102.07265. F(x)
+is the unit embedding, d the Euclidean distance, z an image with |z - x|_inf <= eps. A step on a
+batch of 56 classes x 2 images:
 
     1  every image is an anchor a and gets, among the clean        common.mine_triplets
        embeddings, a positive p and a negative n
@@ -168,9 +168,11 @@ def parse_args(argv=None):
                         help="of the paper: its Sec. 3.5; the second (= --perturb anchor); the "
                              "third, a regulariser")
     method.add_argument("--reg-weight", type=common.number(float, 0), default=1.0,
-                        help="formulation 3: weight lambda of d(z, x)")
+                        help="formulation 3: weight lambda of d(z, x), for the share "
+                             "--attack-rate of the anchors")
     method.add_argument("--attack", choices=("pgd", "fgsm"), default="pgd",
-                        help="of the training; fgsm: one step of size eps from the image itself")
+                        help="of the training; fgsm: one step of size eps, from the image itself "
+                             "(--formulation 3: from the random start)")
     method.add_argument("--reduction", choices=("nonzero", "mean"), default="nonzero",
                         help="mean over strictly positive terms, or over all (Roth et al.)")
     method.add_argument("--squared", action="store_true",

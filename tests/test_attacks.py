@@ -12,8 +12,17 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from test_evaluation import (NEIGHBOUR, RETRIEVAL, SHORT, Recorder, angle, network, noisy_classes,
-                             on_circle, picked, seeded, tensor_batches)
+from test_evaluation import (
+    NEIGHBOUR,
+    Recorder,
+    angle,
+    network,
+    noisy_classes,
+    on_circle,
+    picked,
+    seeded,
+    tensor_batches,
+)
 
 import common
 import eval as evaluator
@@ -25,6 +34,17 @@ DISTANCES = torch.tensor([0.01, 0.02, 0.03, 0.05, 0.07, 0.09, 0.13, 0.2, 0.025, 
 REACHED = DISTANCES < RADIUS
 
 
+class Counted:
+    """A model that counts its forward passes, and those that a backward pass follows twice."""
+
+    def __init__(self, model):
+        self.model, self.passes = model, 0
+
+    def __call__(self, images):
+        self.passes += 1 + torch.is_grad_enabled()
+        return self.model(images)
+
+
 def template(**changes):
     """Arguments of a short attack in the template protocol."""
     return {"protocol": "template", "eps": 0.05, "steps": 4, **changes}
@@ -33,7 +53,7 @@ def template(**changes):
 def nearest_row(query, candidates, out=None, allowed=lambda j: True):
     """The nearest candidate row to an embedding (D,), `out` left out, by a loop."""
     rows = [j for j in range(len(candidates)) if j != out and allowed(j)]
-    return min(rows, key=lambda j: float((query - candidates[j]).norm()))
+    return min(rows, key=lambda j: float((query - candidates[j]).norm().detach()))
 
 
 def is_right(model, images, labels):
@@ -100,7 +120,7 @@ def change_of(images, clean):
     return (images - clean).abs().amax((1, 2, 3))
 
 
-def wagner(distances=DISTANCES, seed=0, eps=RADIUS, step_size=0.01, steps=40, **options):
+def wagner(distances=DISTANCES, seed=0, eps=RADIUS, step_size=0.01, steps=20, **options):
     """(attacked images' change, whether they succeed) of C&W on the linear objective."""
     images, objective = linear(distances)
     torch.manual_seed(seed)
@@ -115,7 +135,7 @@ def wagner(distances=DISTANCES, seed=0, eps=RADIUS, step_size=0.01, steps=40, **
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("attack", ["fgsm", "cw", "min-eps"])
 def test_no_attack_on_right_queries_raises_recall(attack, seed):
-    images, labels = noisy_classes(spread=0.5, seed=seed)
+    images, labels = noisy_classes(spread=0.4, seed=seed)
     result = evaluate_robustness(network(seed), images, labels, attack=attack,
                                  **template(objective="neighbour"))
     assert result["robust"][0]["R@1"] < result["clean"]["R@1"] < 1
@@ -207,6 +227,25 @@ def test_the_self_objective_moves_right_queries_off_themselves_from_a_random_sta
     assert entry["R@1"] == pytest.approx(share(first, labels))
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_in_an_ensemble_the_members_that_are_right_contribute_their_distance(own):
+    retrieval, _ = noisy_retrieval(3)
+    labels, images = retrieval.labels, torch.rand(24, 3, 8, 8, generator=seeded(1))
+    make_objective, attacked = common.neighbour_objectives(retrieval, own=own)
+    value, rows = [], torch.randperm(24, generator=seeded(2))
+    for i, row in enumerate(rows):
+        distances = []
+        for model, clean in zip(retrieval.models, retrieval.clean):
+            nearest = nearest_row(clean[row], clean, row)
+            if labels[nearest] == labels[row]:
+                point = clean[row if own else nearest]
+                distances.append(float((model(images[i:i + 1])[0].detach() - point).norm()))
+        value.append(sum(distances))
+        assert bool(attacked[row]) == bool(distances)
+    assert make_objective(rows)(images).tolist() == pytest.approx(value, abs=1e-5)
+    assert 0 < attacked.sum() < 24
+
+
 def test_the_self_objective_without_a_random_start_is_refused():
     for attack in common.ATTACKS:
         with pytest.raises(UserError, match="random start"):
@@ -218,7 +257,7 @@ def test_the_self_objective_without_a_random_start_is_refused():
 
 @pytest.mark.parametrize("random_start", [True, False])
 def test_carlini_wagner_comes_close_to_the_smallest_change_of_a_linear_objective(random_start):
-    change, success = wagner(random_start=random_start)
+    change, success = wagner(random_start=random_start, steps=40)
     assert torch.equal(success, REACHED)
     assert (change[REACHED] >= DISTANCES[REACHED] - 1e-6).all()
     assert (change[REACHED] <= 1.3 * DISTANCES[REACHED]).all()
@@ -261,7 +300,7 @@ def test_what_is_enough_ends_carlini_wagner_early_and_costs_no_success():
             return objective(x, i)
 
         torch.manual_seed(0)
-        found = carlini_wagner(counted, lambda x, i: objective(x, i) > 0, images, RADIUS, 0.01, 40,
+        found = carlini_wagner(counted, lambda x, i: objective(x, i) > 0, images, RADIUS, 0.01, 20,
                                enough=enough)
         success = objective(found, torch.arange(len(images))) > 0
         assert torch.equal(success, REACHED)
@@ -280,9 +319,9 @@ def test_the_best_change_of_carlini_wagner_never_grows_with_more_rounds(monkeypa
 
 
 def test_the_generator_decides_the_start_of_carlini_wagner():
-    first, again, other = (wagner(seed=seed, steps=10)[0] for seed in (0, 0, 1))
+    first, again, other = (wagner(seed=seed, steps=3)[0] for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
-    still = [wagner(seed=seed, steps=10, random_start=False)[0] for seed in (0, 1)]
+    still = [wagner(seed=seed, steps=3, random_start=False)[0] for seed in (0, 1)]
     assert torch.equal(*still)
 
 
@@ -298,8 +337,8 @@ def test_carlini_wagner_never_mixes_its_images_up():
         assert (change_of(x, images[i]) < 0.2).all()
         return objective(x - torch.linspace(-0.3, 0.3, 6)[i].view(-1, 1, 1, 1), i)
 
-    found = carlini_wagner(near, lambda x, i: near(x, i) > 0, images, RADIUS, 0.002, 30,
-                           largest_const=0.7)
+    found = carlini_wagner(near, lambda x, i: near(x, i) > 0, images, RADIUS, 0.005, 22,
+                           random_start=False, largest_const=0.7)
     success = near(found, torch.arange(6)) > 0
     assert torch.equal(success, distances < RADIUS)
     assert len({tuple(subset) for subset in subsets}) > 2
@@ -313,12 +352,30 @@ def test_carlini_wagner_with_a_huge_radius_leaves_no_query_right():
     assert result["clean"]["R@1"] == 1 and result["robust"][0]["R@1"] == 0
 
 
-def test_carlini_wagner_moves_a_query_no_further_than_pgd_may_and_fails_it_with_others():
+def test_carlini_wagner_on_queries_stops_within_the_radius():
+    # every query has failed within eps in the first round; getting nearer would take all of them
+    images, labels = on_circle(0.0, 10.0, 180.0, 190.0), torch.tensor([0, 0, 1, 1])
+    model, attack = Counted(angle), Attack("template", "cw", eps=0.5, steps=20)
+    evaluator.attack_entries(retrieval_of([model], images, labels), attack)
+    assert model.passes < 0.05 * evaluator.passes_of(attack)
+
+
+@pytest.mark.parametrize("random_start", [True, False])
+def test_carlini_wagner_on_queries_starts_as_the_attack_says(random_start):
+    images, labels = noisy_classes(spread=0.1)
+    model = Recorder(network())
+    evaluate_robustness(model, images, labels, attack="cw", random_start=random_start,
+                        **template(objective="neighbour", steps=0))
+    assert bool((change_of(model.seen[-1], images) > 0).all()) == random_start
+    assert torch.equal(model.seen[-1], images) != random_start
+
+
+def test_carlini_wagner_makes_the_vote_of_an_ensemble_fail():
     images, labels = noisy_classes(spread=0.3)
     models = [network(seed) for seed in range(3)]
     members = [Recorder(model) for model in models]
-    result = evaluate_robustness(members, images, labels, attack="cw", ks=(1,), steps=20,
-                                 eps=0.1, **NEIGHBOUR)
+    result = evaluate_robustness(members, images, labels, attack="cw", ks=(1,), steps=4,
+                                 step_size=0.02, eps=0.1, **NEIGHBOUR)
     attacked = members[0].seen[-1]
     assert all(torch.equal(member.seen[-1], attacked) for member in members)
     voted = looked_up(models, attacked, images, labels)["vote"]
@@ -351,6 +408,16 @@ def test_bisection_finds_the_smallest_radius_of_a_linear_objective(halvings, ran
     assert (change <= radius.clamp(max=RADIUS) + 1e-6).all()
     assert (change[REACHED] >= DISTANCES[REACHED] - 1e-6).all()
     assert (radius * 2 ** halvings / RADIUS)[REACHED].frac().abs().max() < 1e-3
+
+
+def test_the_start_of_a_bisection_shrinks_with_the_radius():
+    images, radii = torch.full((3, 3, 2, 2), 0.5), {}
+    for halvings in (0, 5):
+        torch.manual_seed(0)
+        found, _ = minimal_radius(None, lambda x: torch.ones(3, dtype=torch.bool), images, RADIUS,
+                                  0.04, 0, halvings=halvings)
+        radii[halvings] = change_of(found, images)
+    assert (radii[0] < RADIUS).all() and torch.allclose(radii[5], radii[0] / 32, atol=1e-6)
 
 
 def test_bisection_takes_every_image_by_itself():
@@ -397,13 +464,13 @@ def test_the_smallest_radius_of_queries_equals_a_bisection_query_by_query():
     found = [radius for radius in radii if radius < 1]
     assert 0 < len(found) <= len(radii) < len(images)
     assert entry["min_eps_found"] == pytest.approx(len(found) / len(radii))
-    assert entry["min_eps_255"] == pytest.approx(255 * statistics.median_low(radii), rel=1e-4)
+    assert entry["min_eps_255"] == pytest.approx(255 * statistics.median(radii), rel=1e-4)
 
 
 def test_an_ensemble_reports_the_radius_that_fails_its_vote_alone():
     images, labels = noisy_classes(spread=0.3)
     result = evaluate_robustness([network(seed) for seed in range(3)], images, labels,
-                                 attack="min-eps", **template(objective="shift", eps=0.1))
+                                 attack="min-eps", **template(objective="shift", eps=0.2))
     by_rule = {entry["rule"]: entry for entry in result["robust"]}
     assert [rule for rule, entry in by_rule.items() if "min_eps_255" in entry] == ["vote"]
     # the returned images succeed where a radius was found, and only there
@@ -426,11 +493,11 @@ def test_random_target_classes_are_uniform_over_the_other_classes():
     labels = classes[torch.randint(0, 4, (3000,), generator=seeded(5))]
     target = random_targets(labels)
     assert (target != labels).all()
-    for label in classes:
+    for label in classes:                                    # chi-square: 13.8 is for p = 0.001
         counts = Counter(target[labels == label].tolist())
         expected = int((labels == label).sum()) / 3
         assert set(counts) == set(classes.tolist()) - {int(label)}
-        assert sum((count - expected) ** 2 / expected for count in counts.values()) < 13.8  # p 0.001
+        assert sum((count - expected) ** 2 / expected for count in counts.values()) < 13.8
 
 
 def test_random_target_classes_are_a_function_of_the_seed():
@@ -485,14 +552,14 @@ def test_targeted_objectives_lead_to_the_nearest_image_of_the_target_class(membe
     names, rows = retrieval.names, torch.tensor([3, 17, 0, 8])
     target = evaluator.target_classes(retrieval, Attack("template", objective="targeted-random"))
     images = torch.rand(4, 3, 8, 8, generator=seeded(1))
-    value = evaluator.targeted_objectives(retrieval, target)(rows)(images)
+    value = evaluator.targeted_objectives(retrieval, target)(rows)(images).detach()
     for i, row in enumerate(rows):
         distance = 0
         for m, model in enumerate(retrieval.models):
             candidates = (retrieval.gallery or retrieval.clean)[m]
             point = nearest_row(retrieval.clean[m][row], candidates, None,
                                 lambda j: names[j] == target[row])
-            distance += float((model(images[i:i + 1])[0] - candidates[point]).norm())
+            distance += float((model(images[i:i + 1])[0].detach() - candidates[point]).norm())
         assert float(value[i]) == pytest.approx(-distance, abs=1e-5)
 
 
@@ -502,7 +569,8 @@ def test_the_success_rates_equal_a_count_for_every_rule(attack, objective):
     images, labels = noisy_classes(spread=0.5)
     for models in ([network()], [network(seed) for seed in range(3)]):
         members = [Recorder(model) for model in models]
-        settings = template(attack=attack, objective=objective, eps=0.08)
+        settings = template(attack=attack, objective=objective, eps=0.08, steps=2,
+                            step_size=0.03)
         entries = evaluate_robustness(members, images, labels, **settings)["robust"]
         attacked = members[0].seen[-1]
         assert (change_of(attacked, images) > 0).all()           # every query, right or wrong
@@ -555,18 +623,12 @@ def test_a_targeted_attack_of_size_zero_succeeds_as_often_as_none(attack):
 # ---- whether an attack has succeeded
 
 
-class Uneven(torch.nn.Module):
+def uneven(seed):
     """Embeddings of different lengths: the nearest is not the one with the largest product."""
-
-    def __init__(self, seed):
-        super().__init__()
-        self.inner = network(seed)[:-1]
-
-    def forward(self, images):
-        return self.inner(images)
+    return network(seed)[:-1]
 
 
-@pytest.mark.parametrize("member", [network, Uneven])
+@pytest.mark.parametrize("member", [network, uneven])
 @pytest.mark.parametrize("members", [1, 3])
 @pytest.mark.parametrize("other", [False, True])
 @pytest.mark.parametrize("targeted", [False, True])
@@ -575,7 +637,7 @@ def test_success_is_the_label_of_the_nearest_candidate(member, members, other, t
     gallery, names = noisy_classes(spread=0.3, seed=7)
     order = torch.randperm(24, generator=seeded(2))
     lookup = (gallery[order], names[order]) if other else ()
-    retrieval = retrieval_of([member(seed).eval() for seed in range(members)], images, labels,
+    retrieval = retrieval_of([member(seed) for seed in range(members)], images, labels,
                              *lookup)
     rows = torch.randperm(24, generator=seeded(3))[:15]
     moved = (images[rows] + 0.15 * torch.randn(15, 3, 8, 8, generator=seeded(4))).clamp(0, 1)
@@ -663,17 +725,6 @@ def test_the_step_of_evaluate_robustness_follows_the_attack(attack, step):
                                  **NEIGHBOUR)
     assert result["robust"][0]["step"] == pytest.approx(step)
     json.dumps(result, allow_nan=False)
-
-
-class Counted:
-    """A model that counts its forward passes, and those that a backward pass follows twice."""
-
-    def __init__(self, model):
-        self.model, self.passes = model, 0
-
-    def __call__(self, images):
-        self.passes += 1 + torch.is_grad_enabled()
-        return self.model(images)
 
 
 @pytest.mark.parametrize("arguments", [
@@ -835,10 +886,8 @@ def table_of(report, attacks, metrics=None):
 def test_attacks_stand_side_by_side_with_the_spread_of_the_attack_for_one_training_seed():
     found = three_seeds()
     title, heads, lines = table_of([outcome(4, found)], [attack for attack, _ in found])
-    assert heads == ["clean mAP@R", "clean NMI", "clean R@1", "PGD-5 mAP@R", "PGD-5 R@1",
-                     "C&W-50 mAP@R", "C&W-50 R@1"] or sorted(heads) == sorted(
-        ["clean R@1", "clean mAP@R", "clean NMI", "PGD-5 R@1", "PGD-5 mAP@R", "C&W-50 R@1",
-         "C&W-50 mAP@R"])
+    assert heads == ["clean R@1", "clean mAP@R", "clean NMI", "PGD-5 R@1", "PGD-5 mAP@R",
+                     "C&W-50 R@1", "C&W-50 mAP@R"]
     cells = dict(zip(heads, lines["eat"]))
     std = statistics.stdev([FIRST, AGAIN, LAST])
     assert list(lines) == ["eat"]
@@ -938,9 +987,43 @@ def test_the_attacks_that_flags_ask_for(flags, attacks):
 
 
 @pytest.mark.parametrize("flags, word", [
-    ("--template-target self", "template"), ("--metrics R@1", "--table"), ("--into a.md", "--table"),
+    ("--template-target self", "template"), ("--metrics R@1", "--table"),
+    ("--into a.md", "--table"),
     ("--protocol template --template-target self --objective shift", "neighbour")])
 def test_flags_that_do_not_fit_together_end_the_program(flags, word, capsys):
     with pytest.raises(SystemExit) as end:
         evaluator.parse_args(["run", *flags.split()])
     assert end.value.code == 2 and word in capsys.readouterr().err
+
+
+# ---- what the review of this file found
+
+def test_a_tie_counts_as_success_of_the_attack_as_it_counts_as_a_miss():
+    twins = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    labels = torch.tensor([0, 0, 1, 1])
+    retrieval = Retrieval([lambda images: images.flatten(1)[:, :2]],
+                          lambda: iter([(twins.view(4, 1, 1, 2), None, torch.arange(4))]), labels)
+    failed = evaluator.success_tests(retrieval)(torch.arange(4))(twins.view(4, 1, 1, 2))
+    assert recall_at_k(twins, labels, (1,))[1] == 0 and failed.all()
+
+
+def test_a_random_target_of_a_class_without_candidates_may_be_any_class():
+    labels, names = torch.full((600,), 3), torch.tensor([1, 2, 4, 5])
+    points = torch.nn.functional.one_hot(torch.arange(600) % 4, 4).float()
+    retrieval = Retrieval.__new__(Retrieval)
+    retrieval.labels, retrieval.names, retrieval.clean = labels, names, [points]
+    attack = Attack("template", objective="targeted-random", seed=0)
+    counts = Counter(evaluator.target_classes(retrieval, attack).tolist())
+    assert set(counts) == {1, 2, 4, 5} and min(counts.values()) > 100
+
+
+def test_the_smallest_radius_up_to_nothing_is_refused():
+    with pytest.raises(UserError, match="larger"):
+        Attack("template", "min-eps", eps=0)
+
+
+def test_attacks_that_share_their_protocol_alone_have_it_as_their_title():
+    attacks = [Attack("template", "fgsm", eps=0.01), Attack("template", "pgd", "shift", eps=0.05)]
+    title, words = evaluator.title_of(attacks)
+    assert title == "template" and sorted(words.values()) == [
+        "neighbour FGSM eps 2.55/255", "shift PGD-5 eps 12.8/255"]
