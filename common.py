@@ -1074,8 +1074,9 @@ def pgd(objective, images: Tensor, eps: float, step_size: float, steps: int,
     """Maximise objective(x) over ||x - images||_inf <= eps and x in [0, 1], by sign steps.
 
     Projected gradient ascent (Madry et al., ICLR 2018, Sec. 2.1). images (B, C, H, W) in [0, 1];
-    eps and step_size in pixel values. objective: images -> one value per image, or one per tuple
-    of images when tuples are stacked ([a; p; n] gives (B / 3,)); its sum is ascended.
+    eps and step_size in pixel values, also (B, 1, 1, 1) where `start` is given. objective: images
+    -> one value per image, or one per tuple of images when tuples are stacked ([a; p; n] gives
+    (B / 3,)); its sum is ascended.
     start: begin here (projected) instead of uniformly at random in the ball (random_start) or at
     the images. keep: "last" iterate, or per image (tuple) the "best" one, the start included.
     Returns images in [0, 1], detached. Parameters receive no gradients. The mode of the model is
