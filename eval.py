@@ -744,12 +744,15 @@ def pyplot():
 
 
 def draw_figures(folder, runs, checkpoints, attack, args, device):
-    """embeddings.png: before and after the attack; training.png: the curves of --eval-every."""
+    """embeddings.png: before and after the attack, the first run of every configuration;
+    training.png: the curves of --eval-every, mean and range over the seeds."""
     folder.mkdir(parents=True, exist_ok=True)
-    plt = pyplot()
-    figure, axes = plt.subplots(len(runs), 2, figsize=(8, 3.8 * len(runs)), squeeze=False,
+    plt, first = pyplot(), {}
+    for run, checkpoint in zip(runs, checkpoints):
+        first.setdefault(configuration_of(run), (run, checkpoint))
+    figure, axes = plt.subplots(len(first), 2, figsize=(8, 3.8 * len(first)), squeeze=False,
                                 layout="constrained")
-    for run, checkpoint, (before, after) in zip(runs, checkpoints, axes):
+    for (run, checkpoint), (before, after) in zip(first.values(), axes):
         flags = argparse.Namespace(**checkpoint["args"])
         members, test = open_run(checkpoint, flags, args, device)
         draw_embeddings(before, after, members[0], test, attack, args, device)
@@ -761,7 +764,7 @@ def draw_figures(folder, runs, checkpoints, attack, args, device):
     for run in runs:
         scored = [line for line in common.read_log(run) if "robust_R@1" in line]
         if scored:
-            curves.setdefault(re.sub(r"-s\d+$", "", Path(run).name), []).append(scored)
+            curves.setdefault(configuration_of(run), []).append(scored)
     if curves:
         figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True, layout="constrained")
         for (name, seeds), colour in zip(curves.items(), itertools.cycle(COLOURS)):
@@ -776,6 +779,11 @@ def draw_figures(folder, runs, checkpoints, attack, args, device):
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         figure.savefig(folder / "training.png", dpi=120)
         print(f"wrote {folder / 'training.png'}")
+
+
+def configuration_of(run):
+    """The name of a run's folder without its seed."""
+    return re.sub(r"-s\d+$", "", Path(run).name)
 
 
 def draw_embeddings(before, after, model, test, attack, args, device):
