@@ -485,8 +485,9 @@ def main(args):
         raise UserError(f"--rules {' '.join(args.rules)}: no run has them; drop --rules to see all")
     attacks = attacks_of(args, 0)
     title, words = title_of(attacks)
-    limited = f", a fixed subset of {args.limit_queries} images" if args.limit_queries else ""
-    print(f"{title}{limited}{', bfloat16' if args.amp else ''}; scores in %")
+    title += f", a fixed subset of {args.limit_queries} images" if args.limit_queries else ""
+    title += ", bfloat16" if args.amp else ""
+    print(f"{title}; scores in %")
     print(common.format_table([{**row, "name": " ".join([row["name"], words[row["attack"]]])}
                                for row in rows]))
     for outcome in report:
@@ -499,7 +500,7 @@ def main(args):
                    for outcome in report]
         common.write_atomic(Path(args.json), json.dumps(content, indent=1).encode())
     if args.table:
-        content = table_content(report, attacks, args.metrics)
+        content = table_content(report, attacks, title, args.metrics)
         common.write_atomic(Path(args.table + ".json"), json.dumps(content, indent=1).encode())
         common.write_atomic(Path(args.table + ".md"), table_markdown(content).encode())
     if args.into:
@@ -518,6 +519,9 @@ def outcome_of(run, checkpoint, args, device):
     missing = [attack for attack, entries in zip(attacks, known) if not entries]
     if missing:
         outcome = evaluate_run(checkpoint, flags, missing, args, device)
+        if results and not same_images(results["clean"], outcome["robust"][0]):
+            for entry in outcome["robust"]:                    # what it compares with
+                entry["clean"] = outcome["clean"]["by_rule"].get(entry["rule"], {})
         measured = [common.entries_of(outcome["robust"], attack) for attack in missing]
         if results is not None and not args.dry_run:
             same = [entry for attack in missing for entry in common.entries_of(
@@ -528,12 +532,17 @@ def outcome_of(run, checkpoint, args, device):
         clean, alerts = outcome["clean"], outcome["warnings"]
     else:
         measured, clean, alerts = [], results["clean"], results["warnings"]
-        if (known[0][0]["n_queries"], args.amp) != (clean["n_queries"], False):
-            # the stored clean scores are others: only the attacked ones are shown again
-            clean = {**clean, "by_rule": {rule: {} for rule in clean["by_rule"]}}
+        if not same_images(clean, known[0][0]):
+            clean = {**clean, "by_rule": {entry["rule"]: entry.get("clean", {})
+                                          for entry in known[0]}}
     rest = iter(measured)
     return {"clean": clean, "warnings": alerts, "undefended": (results or {}).get("undefended"),
             "found": [(attack, entries or next(rest)) for attack, entries in zip(attacks, known)]}
+
+
+def same_images(clean, entry):
+    """Whether a run's stored clean scores are those of an entry: of the same images, in float32."""
+    return (entry["n_queries"], entry["amp"]) == (clean["n_queries"], False)
 
 
 def rows_of(clean, found, label, rules=None):
@@ -579,12 +588,11 @@ def insert_table(path, name, table):
         common.write_atomic(path, f"{before}{start}{table}{closed}{after}".encode())
 
 
-def table_content(report, attacks, metrics=None):
+def table_content(report, attacks, title, metrics=None):
     """What --table stores: a row per configuration, rule and attack, mean and std over its seeds
     (of the attack's seeds, where the training has one alone); and the flags of every
     configuration's first run."""
-    groups, configurations = {}, {}
-    title, words = title_of(attacks)
+    groups, configurations, words = {}, {}, title_of(attacks)[1]
     for outcome in report:
         flags, seed = outcome["flags"], f"-s{outcome['flags']['seed']}"
         config = json.dumps({name: value for name, value in flags.items()
@@ -750,14 +758,14 @@ def draw_figures(folder, runs, checkpoints, attack, args, device):
     plt, first = pyplot(), {}
     for run, checkpoint in zip(runs, checkpoints):
         first.setdefault(configuration_of(run), (run, checkpoint))
-    figure, axes = plt.subplots(len(first), 2, figsize=(8, 3.8 * len(first)), squeeze=False,
+    figure, axes = plt.subplots(len(first), 2, figsize=(8, 3.5 * len(first)), squeeze=False,
                                 layout="constrained")
     for (run, checkpoint), (before, after) in zip(first.values(), axes):
         flags = argparse.Namespace(**checkpoint["args"])
         members, test = open_run(checkpoint, flags, args, device)
         draw_embeddings(before, after, members[0], test, attack, args, device)
-        before.set_title(f"{Path(run).name}: clean")
-        after.set_title("attacked: " + ", ".join(attack.words()[1:]))
+        before.set_title(f"{Path(run).name}\nclean", fontsize="small")
+        after.set_title(f"{attack}\nattacked", fontsize="small")
     figure.savefig(folder / "embeddings.png", dpi=120)
     print(f"wrote {folder / 'embeddings.png'}")
     curves = {}

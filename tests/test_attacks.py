@@ -877,7 +877,8 @@ def outcome(seed, found, clean=CLEAN, run="eat", **flags):
 
 def table_of(report, attacks, metrics=None):
     """(title, heads, {name: cells}) of the Markdown, read through JSON as the files are."""
-    content = json.loads(json.dumps(evaluator.table_content(report, attacks, metrics)))
+    content = json.loads(json.dumps(evaluator.table_content(
+        report, attacks, evaluator.title_of(attacks)[0], metrics)))
     title, _, heads, _, *lines = evaluator.table_markdown(content).splitlines()
     split = [[cell.strip() for cell in line.strip("|").split("|")] for line in (heads, *lines)]
     return title, split[0][1:], {name: cells for name, *cells in split[1:]}
@@ -914,7 +915,7 @@ def test_with_several_training_seeds_the_spread_is_theirs():
                              f"{100 * statistics.mean(means):.1f} ± {std:.1f}",
                              f"{100 * (0.05 + 0.25 / 3):.1f} ± {std:.1f}"]}
     assert "; 3 seeds, 3 of the attack on each, mean ± std" in title
-    content = evaluator.table_content(report, attacks)
+    content = evaluator.table_content(report, attacks, evaluator.title_of(attacks)[0])
     assert content["rows"][0]["seeds"] == [0, 1, 2] and content["rows"][0]["attack_seeds"] == 3
     # of the attack, per training seed, averaged
     assert content["rows"][0]["attack_std"]["R@1"] == pytest.approx(
@@ -928,7 +929,7 @@ def test_other_flags_are_another_line_and_places_are_no_flags():
               outcome(0, found, run="eat-lr", lr=0.2)]
     _, _, lines = table_of(report, [found[0][0]])
     assert list(lines) == ["eat", "eat-lr (seeds: 1)"]
-    flags = evaluator.table_content(report, [found[0][0]])["flags"]
+    flags = evaluator.table_content(report, [found[0][0]], "")["flags"]
     assert flags["eat"]["data_root"] == "cub" and flags["eat"]["out"] == "eat-s0"
 
 

@@ -790,6 +790,19 @@ def test_eval_options_stand_in_the_entries(options, expected, finished, monkeypa
     evaluate(finished, "--workers", "0", *options.split())
 
 
+def test_a_table_of_a_subset_says_so_and_has_its_clean_scores(finished, tmp_path, capsys):
+    for name in ("first", "again"):              # the second one reads everything back
+        evaluate(finished, "--workers", "0", "--limit-queries", "10", "--attack-steps", "1",
+                 "--rules", "vote", "--table", tmp_path / name)
+    first, again = (json.loads((tmp_path / f"{name}.json").read_text())
+                    for name in ("first", "again"))
+    assert first["rows"] == again["rows"] and "subset of 10 images" in first["title"]
+    clean = first["rows"][0]["clean"]["R@1"][0]
+    assert clean == stored(finished)["robust"][-6]["clean"]["R@1"]
+    assert first["rows"][0]["clean"]["NMI_chance"][0] != stored(finished)["clean"]["NMI_chance"]
+    assert "a fixed subset of 10 images" in (tmp_path / "again.md").read_text()
+
+
 def test_eval_of_more_queries_than_there_are_adds_its_entries_once(finished):
     for _ in range(2):
         evaluate(finished, "--workers", "0", "--attack-steps", "2", "--limit-queries", "100")
