@@ -1797,7 +1797,7 @@ def neighbour_objectives(retrieval, own=False):
         other = clean if retrieval.gallery is None else retrieval.gallery[i]
         nearest = torch.cat([_nearest(similarity, relevant, 1)[:, 0] for similarity, relevant in
                              similarities(clean, retrieval.labels, other,
-                                           retrieval.gallery_labels)])
+                                          retrieval.gallery_labels)])
         targets.append(clean if own else other[nearest])
         right.append(retrieval.names[nearest] == retrieval.labels)
 

@@ -211,7 +211,7 @@ def success_tests(retrieval, target=None):
     return make
 
 
-CW_ROUNDS = 30
+CW_ROUNDS, HALVINGS = 30, 8                          # of carlini_wagner, of minimal_radius
 
 
 def carlini_wagner(objective, succeeded, images, eps, step_size, steps, random_start=True, *,
@@ -264,7 +264,7 @@ def carlini_wagner(objective, succeeded, images, eps, step_size, steps, random_s
 
 
 def minimal_radius(objective, succeeded, images, eps, step_size, steps, random_start=True,
-                   halvings=8):
+                   halvings=HALVINGS):
     """Bisection for the smallest radius at which PGD succeeds; Eq. (5) of Panum et al.
 
     Every image by itself, in (0, eps], to eps / 2^halvings; step_size is that of eps and shrinks
@@ -660,9 +660,7 @@ def table_markdown(content):
             cells.append("-" if mean is None else common.cell(metric, mean)
                          + ("" if std is None else f" ± {common.cell(metric, std)}"))
         lines.append("| " + " | ".join(cells) + " |")
-    chance = rows[0]["clean"].get("NMI_chance")
-    if wanted and not {"NMI"} & set(wanted):
-        chance = None
+    chance = rows[0]["clean"].get("NMI_chance") if "NMI" in (wanted or ["NMI"]) else None
     title = (f"{content['title']}; {most} seed{'s' if most > 1 else ''}"
              f"{f', {repeated} of the attack on each' if repeated > 1 else ''}"
              f"{', mean ± std' if max(most, repeated) > 1 else ''}"
@@ -731,7 +729,7 @@ def passes_of(attack):
     if attack.attack == "cw":
         return CW_ROUNDS * (3 * attack.steps + 1)
     if attack.attack == "min-eps":
-        return 9 * (2 * attack.steps + 1)
+        return (HALVINGS + 1) * (2 * attack.steps + 1)
     return 2 * attack.steps * attack.restarts
 
 

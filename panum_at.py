@@ -137,6 +137,7 @@ RECIPE = dict(arch="resnet50", epochs=150, warmup_epochs=0, batch_size=112, imag
               lr=1e-5, weight_decay=4e-4, eps=0.01, step_size=None, attack_steps=5, eval_eps=0.01,
               eval_step_size=0.004, eval_steps=5)
 CROP_SCALE = (0.6, 1.0)                                       # of RandomResizedCrop
+PROTOCOLS = ("template",)                                     # of the closing evaluation
 # For generated data, on a CPU. From a random start the contrastive loss is slow to leave 1.
 SMALL = dict(arch="convnet", pool="avgmax", image_size=32, embedding_dim=64, epochs=26,
              batch_size=28, images_per_class=4, lr=5e-4, eps=8 / 255, benign_epochs=14,
@@ -239,7 +240,7 @@ def run_name(args):
 
 def main(args):
     train, test = common.load_run_data(args)
-    if int((train.labels.bincount() > 1).sum()) < 1 or len(train.classes) < 2:
+    if len(train.classes) < 2 or train.labels.bincount().max() < 2:
         raise UserError(f"{args.dataset} leaves {len(train.classes)} classes to train on, or none "
                         f"with two images: give data with at least 2, or lower --val-classes")
     checkpoint = common.claim_folder(args)
@@ -248,7 +249,7 @@ def main(args):
     if checkpoint and checkpoint["epoch"] == args.epochs and (out / "results.json").exists():
         print(f"{out} is complete:")
         return common.report(common.read_json(out / "results.json"), run_name(args), test, args,
-                             ("template",))
+                             PROTOCOLS)
 
     def draw(epoch):
         return common.epoch_batches(args, train.labels, epoch, batch_size=args.batch_size,
@@ -313,7 +314,7 @@ def main(args):
             break
         if args.eval_every and epoch % args.eval_every == 0:
             record |= common.quick_scores(
-                common.closing_evaluation(args, [member], test, device, ("template",)))
+                common.closing_evaluation(args, [member], test, device, PROTOCOLS))
         common.log_epoch(args, record)
         common.save_checkpoint(args, method="panum", epoch=epoch, members=[member], proxies=[],
                                optimizers=[optimizer], schedulers=[scheduler],
@@ -325,8 +326,8 @@ def main(args):
     undefended = None
     if args.attack_rate:                                        # else that row is the run itself
         train_plain(args, plain, train, device, draw)
-        undefended = common.closing_evaluation(args, [plain], test, device, ("template",))
-    clean, robust, alerts = common.closing_evaluation(args, [member], test, device, ("template",))
+        undefended = common.closing_evaluation(args, [plain], test, device, PROTOCOLS)
+    clean, robust, alerts = common.closing_evaluation(args, [member], test, device, PROTOCOLS)
     seconds = sum(line["seconds"] for line in common.read_log(out)) + time.perf_counter() - started
     variant = run_name(args).removeprefix("panum").removeprefix("-")
     results = common.run_results(args, "panum", variant, epoch, clean, robust, alerts, seconds,
@@ -336,7 +337,7 @@ def main(args):
                                  "robust": undefended[1]}
     if not args.dry_run:
         common.write_atomic(out / "results.json", json.dumps(results, indent=1).encode())
-    common.report(results, run_name(args), test, args, ("template",))
+    common.report(results, run_name(args), test, args, PROTOCOLS)
 
 
 def recipe(args, member):

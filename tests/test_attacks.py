@@ -871,7 +871,7 @@ def test_a_title_says_what_attacks_share_and_the_columns_the_rest():
 def outcome(seed, found, clean=CLEAN, run="eat", **flags):
     label = f"{run}-s{seed}"
     return {"run": label, "warnings": [], "rows": evaluator.rows_of(clean, found, label),
-            "flags": {"seed": seed, "data_root": "/data/cub", "weights": "none", "device": "cpu",
+            "flags": {"seed": seed, "data_root": "photos/cub", "weights": "none", "device": "cpu",
                       "workers": 2, "out": f"runs/{label}", "lr": 0.1, **flags}}
 
 
