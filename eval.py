@@ -751,7 +751,7 @@ def pyplot():
 
 def draw_figures(folder, runs, checkpoints, attack, args, device):
     """embeddings.png: before and after the attack, the first run of every configuration;
-    training.png: the curves of --eval-every, mean and range over the seeds."""
+    training.png, .json: the curves of --eval-every, mean and range over the seeds."""
     folder.mkdir(parents=True, exist_ok=True)
     plt, first = pyplot(), {}
     for run, checkpoint in zip(runs, checkpoints):
@@ -770,14 +770,16 @@ def draw_figures(folder, runs, checkpoints, attack, args, device):
     for run in runs:
         scored = [line for line in common.read_log(run) if "robust_R@1" in line]
         if scored:
-            curves.setdefault(configuration_of(run), []).append(scored)
+            curves.setdefault(configuration_of(run), []).append(
+                {name: [line[name] for line in scored]
+                 for name in ("epoch", "clean_R@1", "robust_R@1")})
     if curves:
+        common.write_atomic(folder / "training.json", json.dumps(curves, indent=1).encode())
         figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True, layout="constrained")
         for (name, seeds), colour in zip(curves.items(), itertools.cycle(COLOURS)):
             for axis, side in zip(axes, ("clean", "robust")):
-                epochs = [line["epoch"] for line in min(seeds, key=len)]
-                scores = 100 * np.array([[line[f"{side}_R@1"] for line in own[:len(epochs)]]
-                                         for own in seeds])
+                epochs = min((own["epoch"] for own in seeds), key=len)
+                scores = 100 * np.array([own[f"{side}_R@1"][:len(epochs)] for own in seeds])
                 axis.plot(epochs, scores.mean(0), color=colour, label=name)
                 axis.fill_between(epochs, scores.min(0), scores.max(0), color=colour, alpha=0.2)
         for axis, side in zip(axes, ("clean", "attacked")):

@@ -1572,6 +1572,10 @@ def test_figures_are_drawn(copied_panum, pictures, tmp_path, capsys):
         assert f"wrote {tmp_path / 'figures' / name}" in shown
         with Image.open(tmp_path / "figures" / name) as picture:
             assert picture.size[0] > 500 and len(picture.convert("RGB").getcolors(2**20)) > 20
+    (curve,) = json.loads((tmp_path / "figures" / "training.json").read_text())[
+        "panum-folder-convnet"]
+    assert curve == {name: [line[name] for line in log(copied_panum) if line["epoch"] % 2 == 0]
+                     for name in ("epoch", "clean_R@1", "robust_R@1")}
 
 
 def test_figures_without_matplotlib_are_one_line(copied_panum, tmp_path, monkeypatch, fails):
