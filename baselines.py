@@ -45,7 +45,7 @@ from common import (
     euclidean,
     frozen,
     load_batches,
-    mine_triplets,
+    mine_pairs,
     pgd,
     proxy_anchor_loss,
     seed_torch,
@@ -126,16 +126,6 @@ def trades(model, images, labels, proxies, eps, step_size, steps, strength=6.0, 
 
 
 # est and act see pairs: rows 2i and 2i + 1 are of one class; anchors are the even rows.
-
-def mine_pairs(embeddings, labels, source):
-    """One triplet per pair that has a negative in the batch.
-
-    The positive is the partner, except that softhard draws its own.
-    """
-    even = torch.arange(0, len(labels), 2, device=labels.device)
-    return mine_triplets(embeddings, labels, source, anchors=even, positives=even + 1,
-                         cutoffs=(None, None))                  # Zhou & Patel's have no cutoffs
-
 
 def est(model, images, labels, source, eps, step_size, steps):
     """max(0, d(a_adv, p_adv) - d(a_adv, n_adv) + 0.2); Zhou et al., ECCV 2020.

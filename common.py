@@ -1051,6 +1051,16 @@ def mine_triplets(embeddings: Tensor, labels: Tensor, how: str, generator=None, 
     return anchors, p, draw(wanted, negative)
 
 
+def mine_pairs(embeddings, labels, source):
+    """One triplet per pair of a batch of pairs (pair_batches) that has a negative in it: (a, p, n).
+
+    The positive is the partner, except that softhard draws its own.
+    """
+    even = torch.arange(0, len(labels), 2, device=labels.device)
+    return mine_triplets(embeddings, labels, source, anchors=even, positives=even + 1,
+                         cutoffs=(None, None))                 # Zhou & Patel's have no cutoffs
+
+
 def _distance_weighted(distance, dim, cutoffs, generator):
     """One negative per row with weight 1 / q(d); distance (T, B) is inf where not a negative.
 
@@ -1470,7 +1480,7 @@ def _greedy_assignment(cells, size):
 # ---- evaluation ------------------------------------------------------------------------------
 
 KS = {"sop": (1, 10, 100, 1000), "inshop": (1, 10, 20)}            # other data sets: 1, 2, 4, 8
-PROTOCOLS = ("clustering", "template")
+PROTOCOLS = ("clustering", "template", "ers")
 
 
 @torch.no_grad()
@@ -1619,8 +1629,11 @@ def _vote_scores(embeddings, labels, ks, clusters, gallery, gallery_labels, assi
 
 
 ATTACKS = ("pgd", "fgsm", "cw", "min-eps")
-OBJECTIVES = ("shift", "neighbour", "self", "targeted-random", "targeted-nearest")
-TEMPLATE_ONLY = OBJECTIVES[1:]                      # their targets are images of a clean gallery
+# those of each protocol, its default first
+OBJECTIVES = {"clustering": ("shift",), "ers": ("ers", "ers-authors"),
+              "template": ("neighbour", "shift", "self", "targeted-random", "targeted-nearest")}
+# Zhou & Patel's, on their own scales: percent, TMA a cosine, ES:D a distance.
+ERS_FIGURES = ("CA+", "CA-", "QA+", "QA-", "TMA", "ES:D", "ES:R", "LTM", "GTM", "GTT", "ERS")
 
 
 class Attack:
@@ -1633,22 +1646,27 @@ class Attack:
     same queries, away from their own clean embedding (the code of Panum et al.). "targeted-random",
     "targeted-nearest": every query, towards the image of that other class that is nearest to it.
     eps None: 8/255 (0.01 for template). steps None: 10 (5). step_size None: eps / 4
-    (2 * eps / steps). fgsm: one step of size eps; from the clean image, unless the objective
+    (2 * eps / steps). ers: 8/255, 32 steps of 3/8 eps. fgsm: one step of size eps; from the clean
+    image, unless the objective
     measures the distance to that. cw: Carlini & Wagner; steps (50) of Adam at learning rate
     step_size (eps / 10), projected to eps. min-eps: the smallest radius up to eps (32 / 255).
     """
 
     def __init__(self, protocol="clustering", attack="pgd", objective=None, eps=None,
                  step_size=None, steps=None, restarts=1, random_start=True, seed=0):
-        template = protocol == "template"
-        for what, value, known in (("protocol", protocol, PROTOCOLS), ("attack", attack, ATTACKS),
-                                   ("objective", objective or "shift", OBJECTIVES)):
-            if value not in known:
-                raise UserError(f"unknown {what} {value!r}: choose one of {', '.join(known)}")
-        objective = objective or ("neighbour" if template else "shift")
-        if not template and (objective in TEMPLATE_ONLY or attack in ("cw", "min-eps")):
-            raise UserError(f"{attack} with the objective {objective} belongs to --protocol "
-                            f"template: a clean gallery decides whether a query has failed")
+        template, known = protocol == "template", OBJECTIVES.get(protocol, ())
+        objective = objective or next(iter(known), None)
+        for what, value, choice in (("protocol", protocol, PROTOCOLS), ("attack", attack, ATTACKS)):
+            if value not in choice:
+                raise UserError(f"unknown {what} {value!r}: choose one of {', '.join(choice)}")
+        if objective not in known or attack in ("cw", "min-eps") and not template:
+            raise UserError(f"{attack} with the objective {objective!r} is not part of --protocol "
+                            f"{protocol}: it has {', '.join(known)}"
+                            f"{'' if template else '; template has cw and min-eps'}")
+        if protocol == "ers":
+            eps = 8 / 255 if eps is None else eps
+            steps, random_start = 32 if steps is None else steps, False
+            step_size = 3 / 8 * eps if step_size is None else step_size
         if eps is None:
             eps = 32 / 255 if attack == "min-eps" else 0.01 if template else 8 / 255
         if steps is None:
@@ -1662,8 +1680,9 @@ class Attack:
         if own and not random_start:
             raise UserError(f"the {objective} objective has no gradient at the clean image: it "
                             f"needs its random start")
-        if attack in ("cw", "min-eps") and restarts > 1:
-            raise UserError(f"{attack} keeps its own best: drop --restarts {restarts}")
+        if restarts > 1 and (attack in ("cw", "min-eps") or protocol == "ers"):
+            raise UserError(f"{attack if template else protocol} has no restarts: drop --restarts "
+                            f"{restarts}")
         if attack == "min-eps" and eps == 0:
             raise UserError("min-eps searches up to eps, which is 0: give a larger one")
         if not 0 <= eps <= 1 or not step_size >= 0 or steps < 0 or restarts < 1:
@@ -2443,9 +2462,12 @@ def results_table(results: dict, label: str, rules=None) -> list[dict]:
     """
     attacked = {entry["rule"]: entry for entry in results["robust"]}
     single = len(results["clean"]["by_rule"]) == 1
+    by_rule = results["clean"]["by_rule"]
+    if "distance" in attacked:                   # ERS averages distances: no rule of the others
+        by_rule = {"distance": {"R@1": attacked["distance"]["R@1_clean"]}}
     return [{"name": label if single else f"{label} {rule}",
              "clean": clean, "attacked": attacked.get(rule, {})}
-            for rule, clean in results["clean"]["by_rule"].items()
+            for rule, clean in by_rule.items()
             if single or rules is None or rule in rules]
 
 
@@ -2455,7 +2477,7 @@ def format_table(rows: list[dict]) -> str:
                for name in dict.fromkeys(
                    name for row in rows for name, value in row[side].items()
                    if value is not None and (
-                       name in ("mAP@R", "NMI", "AMI", "F1", "success", "min_eps_255")
+                       name in ("mAP@R", "NMI", "AMI", "F1", "success", "min_eps_255", *ERS_FIGURES)
                        or name[:2] == "R@" and name[2:].isdigit()))]
     heads = [metric_name(name).rjust(5) for _, name in columns]
     width = max(len(row["name"]) for row in rows)
@@ -2481,8 +2503,10 @@ def metric_name(metric: str) -> str:
 
 
 def cell(metric: str, value: float) -> str:
-    """A score in percent; radii in 1/255."""
-    return f"{value:.2f}" if metric == "min_eps_255" else f"{100 * value:.1f}"
+    """A score in percent; radii in 1/255, the figures of ERS as they are."""
+    if metric in ("min_eps_255", "TMA", "ES:D"):
+        return f"{value:.2f}"
+    return f"{value:.1f}" if metric in ERS_FIGURES else f"{100 * value:.1f}"
 
 
 def run_results(args, method, variant, epoch, clean, robust, alerts, seconds, device) -> dict:

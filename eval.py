@@ -12,11 +12,13 @@
     from eval import evaluate_robustness                    # your own model: README
 
 Protocols: "clustering" attacks every image and compares attacked images (Ke, arXiv 2501.01025);
-"template" attacks queries against a clean gallery (Algorithm 1 of Panum et al., arXiv 2102.07265).
+"template" attacks queries against a clean gallery (Algorithm 1 of Panum et al., arXiv 2102.07265);
+"ers" is the Empirical Robustness Score, ten figures of nine attacks (Zhou & Patel, CVPR 2022).
 A run's folder gets its new entries in results.json; one that is there already is read back.
 """
 
 import argparse
+import csv
 import glob
 import itertools
 import json
@@ -26,6 +28,7 @@ import re
 import shlex
 import statistics
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -55,12 +58,16 @@ def evaluate_robustness(embed, images_or_loader, labels=None, *, protocol="clust
     objective "shift" moves an image away from its clean embedding; "neighbour" (template only) a
     rightly answered query away from its nearest neighbour, Algorithm 1 of Panum et al. (and "self",
     the same queries away from themselves); with "shift", "targeted-random" and "targeted-nearest"
-    the template protocol attacks every query. eps, step_size (None: eps / 4; cw: eps / 10) in
-    pixel values. restarts keep the highest objective per image. Scores are in [0, 1].
+    the template protocol attacks every query. The protocol "ers" brings its own ("ers-authors":
+    with the slips of its authors' code); its published score has steps=32. eps, step_size (None:
+    eps / 4; cw: eps / 10) in pixel values. restarts keep the highest objective per image. Scores
+    are in [0, 1].
     Modes, gradients and the state of the random generators are afterwards as before.
     Raises ValueError when images are outside [0, 1] or arguments do not fit together.
     """
-    if step_size is None and attack != "cw":
+    if protocol == "ers":
+        objective = None if objective == "shift" else objective
+    elif step_size is None and attack != "cw":
         step_size = eps / 4
     settings = common.Attack(protocol, attack, objective, eps, step_size, steps, restarts,
                              random_start, seed)
@@ -136,6 +143,8 @@ def _checked(embeddings, count):
 
 def attack_entries(retrieval, attack):
     """The entries of results.json of any attack, one per inference rule."""
+    if attack.protocol == "ers":
+        return [ers_entry(retrieval, attack)]
     return common.attack_entries(retrieval, attack, *plan(retrieval, attack))
 
 
@@ -355,6 +364,201 @@ def success_rates(retrieval, embeddings, target):
     return rates
 
 
+# ---- empirical robustness score
+#
+# Zhou & Patel, CVPR 2022; the attacks are those of Zhou et al., arXiv 2106.03614. Candidates are
+# the clean embeddings of all images. d is averaged over the models. A rank is the share, in
+# percent, of the other candidates that are strictly closer to the query.
+
+def ers_entry(retrieval, attack):
+    """The ten figures of a retrieval and their score, as an entry of results.json.
+
+    The objective "ers-authors" repeats the slips of the authors' code: the image's own clean copy
+    counts as a candidate (of CA, QA, LTM), GTM's target is the wrong image, ES starts at zero with
+    a target that is 1e-7 off, and ES:D is measured before the last step.
+    """
+    started, count = time.perf_counter(), len(retrieval.labels)
+    if retrieval.gallery is not None:
+        raise UserError("--protocol ers looks test images up among themselves: it needs a run with "
+                        "--inshop-protocol query")
+    if count < 100:
+        raise UserError(f"--protocol ers needs at least 100 images, because CA- and QA- choose "
+                        f"among the nearest 1 %: found {count}")
+    figures = ers_figures(retrieval, attack, attack.objective == "ers-authors")
+    rule = "member_1" if len(retrieval.models) == 1 else "distance"
+    return {"rule": rule, **attack.entry(),
+            "amp": any(getattr(model, "amp", False) for model in retrieval.models),
+            "limited": retrieval.limited, "seconds": round(time.perf_counter() - started, 3),
+            "n_queries": count, "R@1_clean": recall_of(retrieval, retrieval.clean),
+            **figures, "ERS": ers(figures)}
+
+
+def ers(figures):
+    """The mean of the ten figures on a scale of 0 to 100, the more the better (Zhou & Patel)."""
+    scaled = [2 * figures["CA+"], 100 - figures["CA-"], 2 * figures["QA+"], 100 - figures["QA-"],
+              100 * (1 - figures["TMA"]), 50 * (2 - figures["ES:D"]),
+              *(figures[name] for name in ("ES:R", "LTM", "GTM", "GTT"))]
+    return statistics.mean(scaled)
+
+
+def ers_figures(retrieval, attack, authors=False):
+    """{figure: value}; every attack is one PGD from zero (ES: from its random start).
+
+    CA+, QA+ (rank)        a random query (candidate): up to the top
+    CA-, QA- (rank)        one of the nearest 1 %: down
+    TMA (cosine)           towards a random image
+    ES:D (d), ES:R (R@1)   away from its own clean embedding
+    LTM (R@1)              the farthest of another class nearer than the nearest of its own
+    GTM (R@1)              towards the nearest of another class
+    GTT (percent)          its nearest neighbour out of its top 4: the share that stays in
+    """
+    clean, labels, count = retrieval.clean, retrieval.labels, len(retrieval.labels)
+    everything = torch.arange(count, device=labels.device)
+    target = ers_targets(retrieval, attack.seed)
+
+    def moved(objective, start=False, steps=attack.steps):
+        def make(rows):
+            rows = rows.to(labels.device)
+            return lambda images: objective([model(images) for model in retrieval.models], rows)
+
+        return common.attack_embeddings(
+            retrieval.models, retrieval.batches(), make, eps=attack.eps, steps=steps,
+            step_size=attack.step_size, random_start=start, seed=attack.seed)
+
+    def closer(gaps, sign, counted=None, ties=False):
+        """How many candidates are closer (n,) after the attack; sign 1: that lowers the number.
+
+        counted: the gaps to count, where they are others than those that are attacked.
+        """
+        def objective(embeddings, rows):
+            gap, allowed = gaps(embeddings, rows)
+            return -(F.relu(sign * gap) * allowed).mean(1)
+
+        embeddings = moved(objective)
+        parts = [(counted or gaps)([own[rows] for own in embeddings], rows, exact=True)
+                 for rows in everything.split(128)]
+        return torch.cat([((gap >= 0 if ties else gap > 0) & allowed).sum(1)
+                          for gap, allowed in parts])
+
+    def rank(number):
+        return 100 * float(number.double().mean()) / (count if authors else count - 1)
+
+    def as_candidate(query):
+        """gap > 0: that image is closer to the query than the attacked one."""
+        def gaps(embeddings, rows, exact=False):
+            q = query[rows]
+            return (distance_to(retrieval, embeddings, q)[:, None]
+                    - distances([own[q] for own in clean], clean, exact),
+                    without(count, *(() if authors else (q, rows)), like=rows))
+        return gaps
+
+    def as_query(candidate, with_own=authors):
+        """gap > 0: that image is closer to the attacked one than the candidate."""
+        def gaps(embeddings, rows, exact=False):
+            c = candidate[rows]
+            return (distance_to(retrieval, embeddings, c)[:, None]
+                    - distances(embeddings, clean, exact),
+                    without(count, c, *(() if with_own else (rows,)), like=rows))
+        return gaps
+
+    def towards(candidate):
+        return lambda embeddings, rows: -distance_to(retrieval, embeddings, candidate[rows])
+
+    def cosine(embeddings, rows):
+        return sum((own * other[target["random"][rows]]).sum(1)
+                   for own, other in zip(embeddings, clean)) / len(clean)
+
+    def shift(embeddings, rows):
+        return sum(common.euclidean(own, other[rows] + 1e-7 * authors)
+                   for own, other in zip(embeddings, clean)) / len(clean)
+
+    def farthest_other(embeddings, rows):
+        distance = distances(embeddings, clean)
+        same = labels[rows, None] == labels
+        own = same if authors else same & without(count, rows, like=rows)
+        return -F.relu(distance.masked_fill(same, -torch.inf).amax(1)
+                       - distance.masked_fill(~own, torch.inf).amin(1))
+
+    shifted = moved(shift, start=not authors)
+    measured = moved(shift, start=False, steps=attack.steps - 1) if authors else shifted
+    matched, top = moved(cosine), target["top"]
+    stays = closer(as_query(top), -1, as_query(top, with_own=False), ties=True) < 4
+    return {"CA+": rank(closer(as_candidate(target["random query"]), 1)),
+            "CA-": rank(closer(as_candidate(target["near query"]), -1)),
+            "QA+": rank(closer(as_query(target["random candidate"]), 1)),
+            "QA-": rank(closer(as_query(target["near candidate"]), -1)),
+            "TMA": float(cosine(matched, everything).double().mean()),
+            "ES:D": float(distance_to(retrieval, measured, everything).double().mean()),
+            "ES:R": 100 * recall_of(retrieval, shifted),
+            "LTM": 100 * recall_of(retrieval, moved(farthest_other)),
+            "GTM": 100 * recall_of(retrieval, moved(
+                towards(target["wrong" if authors else "other"]))),
+            "GTT": 100 * float(stays.double().mean())}
+
+
+def distances(embeddings, others, exact=False):
+    """d (b, N) of all pairs, averaged over the models.
+
+    exact: differences instead of a matrix product, which is off by 1e-3 for near-identical rows.
+    """
+    mode = f"{'donot_' if exact else ''}use_mm_for_euclid_dist"
+    return sum(torch.cdist(own, other, compute_mode=mode)
+               for own, other in zip(embeddings, others)) / len(others)
+
+
+def distance_to(retrieval, embeddings, candidates):
+    """d (b,) of every row to one clean candidate, averaged over the models."""
+    return sum(common.euclidean(own, other[candidates])
+               for own, other in zip(embeddings, retrieval.clean)) / len(embeddings)
+
+
+def without(count, *excluded, like):
+    """bool (b, N): every candidate but these, one a row."""
+    allowed = torch.ones(len(like), count, dtype=torch.bool, device=like.device)
+    for candidates in excluded:
+        allowed.scatter_(1, candidates[:, None], False)
+    return allowed
+
+
+def recall_of(retrieval, embeddings):
+    """Recall@1 of (attacked) queries among the clean images; ties count against the query."""
+    labels, hits = retrieval.labels, []
+    for rows in torch.arange(len(labels), device=labels.device).split(128):
+        distance = distances([own[rows] for own in embeddings], retrieval.clean, exact=True)
+        same = labels[rows, None] == labels
+        own = same & without(len(labels), rows, like=rows)
+        hits.append(distance.masked_fill(~own, torch.inf).amin(1)
+                    < distance.masked_fill(same, torch.inf).amin(1))
+    return float(torch.cat(hits).double().mean())
+
+
+def ers_targets(retrieval, seed):
+    """{name: candidate (n,)}: what each attack moves every image towards or away from."""
+    labels, count = retrieval.labels, len(retrieval.labels)
+    everything = torch.arange(count, device=labels.device)
+
+    def draw(number, high):
+        stream = common.random_stream(seed, 0, common.EVALUATE, number)
+        return torch.from_numpy(stream.integers(high, size=count)).to(labels.device)
+
+    near, other, wrong = [], [], []
+    for rows in everything.split(128):
+        distance = distances([own[rows] for own in retrieval.clean], retrieval.clean, exact=True)
+        distance.scatter_(1, rows[:, None], torch.inf)
+        near.append(distance.topk(count // 100, largest=False).indices)
+        other.append(distance.masked_fill(labels[rows, None] == labels, torch.inf).argmin(1))
+        # the authors': of a class other than the top's; its place among those alone, as a number
+        differs = labels[near[-1][:, :1]] != labels
+        first = distance.masked_fill(~differs, torch.inf).argmin(1, keepdim=True)
+        wrong.append((differs.cumsum(1) - 1).gather(1, first)[:, 0])
+    near = torch.cat(near)
+    chosen = [near.gather(1, draw(number, near.shape[1])[:, None])[:, 0] for number in (2, 3)]
+    anywhere = [(everything + 1 + draw(number, count - 1)) % count for number in (4, 5, 6)]
+    return {"near query": chosen[0], "near candidate": chosen[1], "random query": anywhere[0],
+            "random candidate": anywhere[1], "random": anywhere[2], "top": near[:, 0],
+            "other": torch.cat(other), "wrong": torch.cat(wrong)}
+
+
 # ---- command line
 
 def parse_args(argv=None):
@@ -372,6 +576,9 @@ def parse_args(argv=None):
                         choices=("shift", "neighbour", "targeted-random", "targeted-nearest"),
                         help="what is maximised (default: shift; neighbour for template). "
                              "targeted: into another class; its success rate")
+    attack.add_argument("--ers-variant", choices=("corrected", "authors"), default="corrected",
+                        help="ers: authors repeats the slips of the authors' code, for comparison "
+                             "with the paper's column alone")
     attack.add_argument("--template-target", choices=("neighbour", "self"), default="neighbour",
                         help="self: away from the query's own clean embedding, as in the code of "
                              "Panum et al.")
@@ -413,8 +620,12 @@ def parse_args(argv=None):
                              "concat, mean, member_1 ..., and no undefended rows")
     output.add_argument("--metrics", nargs="+", default=None, metavar="NAME",
                         choices=("R@1", "R@2", "R@4", "R@8", "R@10", "R@20", "R@100", "R@1000",
-                                 "mAP@R", "NMI", "AMI", "F1", "success", "min_eps_255"),
+                                 "mAP@R", "NMI", "AMI", "F1", "success", "min_eps_255",
+                                 *common.ERS_FIGURES),
                         help="the columns of --table: R@1 mAP@R ...")
+    output.add_argument("--beside", default=None, metavar="FILE",
+                        help="a CSV of published figures, whose first column names rows of --table: "
+                             "its other columns stand beside them")
     output.add_argument("--figures", default=None, metavar="DIR",
                         help="draw embeddings before and after the first attack, and the curves of "
                              "--eval-every, if there are any (needs matplotlib)")
@@ -424,8 +635,15 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.into and not args.table:
         parser.error("--into FILE needs --table NAME")
-    if args.metrics and not args.table:
-        parser.error("--metrics needs --table NAME")
+    for flag in ("metrics", "beside"):
+        if getattr(args, flag) and not args.table:
+            parser.error(f"--{flag} needs --table NAME")
+    if args.protocol == "ers" and (args.attack or args.objective or args.min_eps
+                                   or args.restarts > 1):
+        parser.error("--protocol ers brings its own attacks: drop --attack, --objective, --min-eps "
+                     "and --restarts")
+    if args.ers_variant == "authors" and args.protocol != "ers":
+        parser.error("--ers-variant belongs to --protocol ers: drop it")
     if args.template_target == "self" and (args.protocol != "template" or
                                            args.objective not in (None, ["neighbour"])):
         parser.error("--template-target self belongs to --protocol template and its objective "
@@ -437,6 +655,8 @@ def attacks_of(args, seed):
     """The attacks that the flags ask for, on a run with this seed."""
     names = (args.attack or ([] if args.min_eps else ["pgd"])) + ["min-eps"] * args.min_eps
     objectives = ["self"] if args.template_target == "self" else args.objective or [None]
+    if args.ers_variant == "authors":
+        objectives = ["ers-authors"]
     return [common.Attack(args.protocol, name, objective, eps, args.step_size, args.attack_steps,
                           args.restarts, args.random_start, of_attack)
             for objective in objectives for name in names for eps in args.eps or [None]
@@ -444,9 +664,9 @@ def attacks_of(args, seed):
 
 
 def inference_rule(text):
-    if not re.fullmatch("vote|member_mean|concat|mean|member_[1-9][0-9]*", text):
+    if not re.fullmatch("vote|member_mean|concat|mean|distance|member_[1-9][0-9]*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is none of vote, member_mean, concat, mean, "
-                                         f"member_1, member_2 ...")
+                                         f"distance (ers), member_1, member_2 ...")
     return text
 
 
@@ -458,6 +678,7 @@ def main(args):
             raise UserError(f"{flag} {target}: not a file in a folder that exists; create it")
     if args.into:
         insert_table(Path(args.into), args.table, None)                   # both marks are there
+    beside = published_figures(Path(args.beside)) if args.beside else {}
     named = (run for pattern in args.runs for run in sorted(glob.glob(pattern)) or [pattern])
     runs = [run for run in dict.fromkeys(map(os.path.normpath, named)) if has_checkpoint(run)]
     checkpoints = [common.load_checkpoint(run) for run in runs]           # all, before any work
@@ -500,7 +721,7 @@ def main(args):
                    for outcome in report]
         common.write_atomic(Path(args.json), json.dumps(content, indent=1).encode())
     if args.table:
-        content = table_content(report, attacks, title, args.metrics)
+        content = table_content(report, attacks, title, args.metrics, beside)
         common.write_atomic(Path(args.table + ".json"), json.dumps(content, indent=1).encode())
         common.write_atomic(Path(args.table + ".md"), table_markdown(content).encode())
     if args.into:
@@ -588,10 +809,25 @@ def insert_table(path, name, table):
         common.write_atomic(path, f"{before}{start}{table}{closed}{after}".encode())
 
 
-def table_content(report, attacks, title, metrics=None):
+def published_figures(path):
+    """{name of a row: {column: text}} of a CSV file, as --beside takes it."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            head, *lines = [line for line in csv.reader(file) if line]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"cannot read --beside {path} ({error or 'it is empty'}): give a CSV file "
+                        f"with a line of column names") from error
+    for line in lines:
+        if len(line) != len(head):
+            raise UserError(f"--beside {path}: {','.join(line)} has {len(line)} columns where the "
+                            f"first line has {len(head)}")
+    return {name: dict(zip(head[1:], figures)) for name, *figures in lines}
+
+
+def table_content(report, attacks, title, metrics=None, beside=None):
     """What --table stores: a row per configuration, rule and attack, mean and std over its seeds
-    (of the attack's seeds, where the training has one alone); and the flags of every
-    configuration's first run."""
+    (of the attack's seeds, where the training has one alone); the flags of every configuration's
+    first run; and the published figures beside it."""
     groups, configurations, words = {}, {}, title_of(attacks)[1]
     for outcome in report:
         flags, seed = outcome["flags"], f"-s{outcome['flags']['seed']}"
@@ -612,7 +848,12 @@ def table_content(report, attacks, title, metrics=None):
         if row["attack_seeds"] > 1:
             row["attack_std"] = {metric: mean for metric, (mean, _) in
                                  spread([own["attack_std"] for _, own in found]).items()}
+        if beside:
+            row["beside"] = beside.get(name, {})
         rows.append(row)
+    if beside and not any(row["beside"] for row in rows):
+        raise UserError(f"--beside names none of these rows: it has {', '.join(list(beside)[:3])} "
+                        f"..., the table {', '.join(row['name'] for row in rows[:3])} ...")
     return {"command": shlex.join(["python", "eval.py", *sys.argv[1:]]),
             "attacks": [attack.entry() for attack in attacks], "title": title, "metrics": metrics,
             "flags": configurations, "versions": common.versions(),
@@ -638,10 +879,12 @@ def table_markdown(content):
         metric for row in rows if side == "clean" or row.get("attack", "") == attack
         for metric in row[side])
         if metric in (wanted or ("mAP@R", "NMI", "AMI", "F1", "R@1", "R@8", "R@10", "success",
-                                 "min_eps_255"))]
+                                 "min_eps_255", *common.ERS_FIGURES))]
     heads = [" ".join(filter(None, [attack or side, common.metric_name(metric)]))
              for side, attack, metric in columns]
-    lines = ["| " + " | ".join(["in %", *heads]) + " |", "|---" + "|---:" * len(columns) + "|"]
+    published = list(dict.fromkeys(column for row in rows for column in row.get("beside", {})))
+    lines = ["| " + " | ".join(["in %", *heads, *published]) + " |",
+             "|---" + "|---:" * (len(columns) + len(published)) + "|"]
     most = max(len(row["seeds"]) for row in rows)
     repeated = max(row.get("attack_seeds", 1) for row in rows)
     in_line, met = {}, Counter()                     # the rows of a line, one per attack
@@ -659,6 +902,7 @@ def table_markdown(content):
                 std = row.get("attack_std", {}).get(metric)
             cells.append("-" if mean is None else common.cell(metric, mean)
                          + ("" if std is None else f" ± {common.cell(metric, std)}"))
+        cells += [own[0]["beside"].get(column, "-") for column in published]
         lines.append("| " + " | ".join(cells) + " |")
     chance = rows[0]["clean"].get("NMI_chance") if "NMI" in (wanted or ["NMI"]) else None
     title = (f"{content['title']}; {most} seed{'s' if most > 1 else ''}"
@@ -728,6 +972,8 @@ def passes_of(attack):
     """Forward and backward passes per image and network, at most."""
     if attack.attack == "cw":
         return CW_ROUNDS * (3 * attack.steps + 1)
+    if attack.protocol == "ers":
+        return 9 * 2 * attack.steps
     if attack.attack == "min-eps":
         return (HALVINGS + 1) * (2 * attack.steps + 1)
     return 2 * attack.steps * attack.restarts

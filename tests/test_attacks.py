@@ -681,13 +681,13 @@ def test_the_defaults_of_the_template_attacks(arguments, eps, step, steps, rando
     ({"attack": "cw"}, "template"), ({"attack": "min-eps"}, "template"),
     ({"objective": "self"}, "template"), ({"objective": "targeted-random"}, "template"),
     ({"objective": "targeted-nearest"}, "template"),
-    ({"protocol": "template", "attack": "cw", "restarts": 2}, "keeps its own best"),
-    ({"protocol": "template", "attack": "min-eps", "restarts": 2}, "keeps its own best"),
+    ({"protocol": "template", "attack": "cw", "restarts": 2}, "no restarts"),
+    ({"protocol": "template", "attack": "min-eps", "restarts": 2}, "no restarts"),
     ({"protocol": "template", "attack": "cw", "objective": "shift", "random_start": False},
      "random start"),
     ({"protocol": "template", "attack": "min-eps", "eps": 1.5}, "0 <= eps <= 1"),
     ({"protocol": "template", "attack": "deepfool"}, "unknown attack"),
-    ({"protocol": "template", "objective": "targeted"}, "unknown objective"),
+    ({"protocol": "template", "objective": "targeted"}, "with the objective"),
     ({"protocol": "ranking"}, "unknown protocol"),
 ])
 def test_attacks_that_do_not_fit_together_are_refused_with_a_reason(arguments, word):

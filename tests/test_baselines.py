@@ -53,14 +53,14 @@ def fixed_attack(adversarial, monkeypatch):
 @pytest.fixture
 def mined(monkeypatch):
     """Embeddings, kind, options and triplets of every call of the mining."""
-    calls, mine = [], baselines.mine_triplets
+    calls, mine = [], common.mine_triplets
 
     def watched(embeddings, labels, how, **options):
         triplets = mine(embeddings, labels, how, **options)
         calls.append((embeddings.detach(), how, options, triplets))
         return triplets
 
-    monkeypatch.setattr(baselines, "mine_triplets", watched)
+    monkeypatch.setattr(common, "mine_triplets", watched)
     return calls
 
 

@@ -12,12 +12,13 @@ import pytest
 import baselines
 import eat
 import eval as evaluator
+import hardness_manipulation
 import panum_at
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 SCRIPTS = {"eat.py": eat, "baselines.py": baselines, "panum_at.py": panum_at,
-           "eval.py": evaluator}
+           "hardness_manipulation.py": hardness_manipulation, "eval.py": evaluator}
 SOURCES = sorted(ROOT.glob("*.py"))
 
 

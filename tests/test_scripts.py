@@ -28,6 +28,7 @@ import baselines
 import common
 import eat
 import eval as evaluator
+import hardness_manipulation
 import panum_at
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +66,7 @@ def pictures(tmp_path_factory):
 
 def flags(pictures, out, *more, method="eat"):
     """The flags of a tiny run; argparse takes the last value of a flag given twice."""
-    own = {"eat": ["--members", "2"], "panum": [],
+    own = {"eat": ["--members", "2"], "panum": [], "hm": [],
            "ensemble": ["--method", "ensemble", "--members", "2"]}.get(method, ["--method", method])
     return ["--dataset", "folder", "--data-root", str(pictures), "--out", str(out),
             "--arch", "convnet", "--weights", "none", "--image-size", "32", "--epochs", "4",
@@ -235,7 +236,8 @@ def in_child(script, arguments, folder, file_limit):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     sys.argv = [f"{script}.py", *map(str, arguments)]
-    module = {"eat": eat, "baselines": baselines, "panum_at": panum_at, "eval": evaluator}[script]
+    module = {"eat": eat, "baselines": baselines, "panum_at": panum_at, "eval": evaluator,
+              "hardness_manipulation": hardness_manipulation}[script]
     common.run_script(module.parse_args, module.main)
 
 
@@ -673,7 +675,8 @@ def test_no_space_left_is_one_line(name, pictures, tmp_path, monkeypatch, fails)
 
 @pytest.mark.parametrize("script, method, row", [("eat.py", "eat", "eat vote"),
                                                  ("baselines.py", "act", "act "),
-                                                 ("panum_at.py", "panum", "panum ")])
+                                                 ("panum_at.py", "panum", "panum "),
+                                                 ("hardness_manipulation.py", "hm", "HM[S,g_LGA]")])
 def test_a_script_and_common_alone_run_to_the_end(script, method, row, pictures, tmp_path):
     for name in (script, "common.py"):
         shutil.copy(ROOT / name, tmp_path / name)
@@ -822,6 +825,8 @@ def test_eval_of_an_unfinished_run_stores_nothing(stopped, capsys):
     ("--attack cw", "template"), ("--min-eps", "template"), ("--template-target self", "template"),
     ("--protocol template --template-target self --objective shift", "neighbour"),
     ("--protocol template --attack cw --restarts 2", "--restarts 2"),
+    ("--protocol ers", "100 images"), ("--protocol ers --attack fgsm", "its own attacks"),
+    ("--ers-variant authors", "--protocol ers"),
     ("--objective targeted-nearest", "template"), ("--metrics R@1", "--table"),
     ("--rest 2", "--rest"), ("--protocol nope", "nope"), ("--device nope", "nope"),
     ("--data-root nowhere", "nowhere")])
@@ -1278,7 +1283,7 @@ def test_every_script_keeps_the_books_in_the_same_order():
     order = ["load_run_data", "claim_folder", "check_same_classes", "pick_device", "restore",
              "cache_images", "begin_run", "check_finite", "closing_evaluation", "log_epoch",
              "save_checkpoint", "closing_evaluation", "run_results", "write_atomic"]
-    for script in (eat, baselines, panum_at):
+    for script in (eat, baselines, panum_at, hardness_manipulation):
         (main,) = [node for node in ast.parse(Path(script.__file__).read_text()).body
                    if isinstance(node, ast.FunctionDef) and node.name == "main"]
         calls = [node for node in ast.walk(main) if isinstance(node, ast.Call)
@@ -1583,3 +1588,135 @@ def test_figures_without_matplotlib_are_one_line(copied_panum, tmp_path, monkeyp
     fails(2, ["pip install matplotlib"], evaluator, copied_panum, "--protocol", "template", *HERE,
           "--figures", tmp_path / "figures")
     assert not (tmp_path / "figures").exists()
+
+
+# ---- (22) hardness_manipulation.py
+
+def train_hm(pictures, out, *more):
+    train(*flags(pictures, out, *more, method="hm"), script=hardness_manipulation)
+
+
+@pytest.fixture(scope="session")
+def hm_run(pictures, tmp_path_factory):
+    """A complete run; not to be changed."""
+    out = tmp_path_factory.mktemp("runs") / "hm"
+    train_hm(pictures, out, "--ics")
+    return out
+
+
+def test_an_hm_run_writes_the_same_four_files(hm_run):
+    assert set(contents(hm_run)) == OUR_FILES
+    checkpoint, lines = saved(hm_run), log(hm_run)
+    assert (checkpoint["method"], checkpoint["epoch"], checkpoint["proxies"]) == ("hm", 4, [])
+    assert set(checkpoint["state"]) == {"previous_loss"} and len(common.load_model(hm_run)) == 1
+    for line in lines:
+        assert set(line) == {"epoch", "loss", "ics", "H_source", "H_wanted", "H_moved", "lr",
+                             "seconds", "images_per_second", "collapse"}
+        assert -0.2 <= line["H_wanted"] <= 0 and line["loss"] > 0
+
+
+def test_an_hm_run_closes_with_both_protocols_and_its_notation(hm_run, capsys):
+    results = stored(hm_run)
+    assert (results["notation"], results["eta"]) == ("HM[S,g_LGA]&ICS", 1)
+    assert results["variant"] == "softhard-lga-ics-eta1"
+    assert {entry["protocol"] for entry in results["robust"]} == {"clustering", "template"}
+    assert set(results) == RESULTS | {"undefended", "notation", "eta"}
+    train("--resume", "--out", hm_run, script=hardness_manipulation)
+    assert first_words(capsys.readouterr().out)[:2] == ["not trained", "HM[S,g_LGA]&ICS"]
+
+
+def test_an_hm_run_interrupted_and_resumed_ends_bit_for_bit_the_same(hm_run, pictures, tmp_path):
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(monkeypatch, 2)
+        train_hm(pictures, out, "--ics")
+    train("--resume", "--out", out, "--workers", "2", script=hardness_manipulation)
+    assert same_training(out, hm_run) and without_clock(log(out)) == without_clock(log(hm_run))
+    assert without_seconds(stored(out)) == without_seconds(stored(hm_run))
+
+
+def test_the_undefended_network_of_hm_is_its_plain_run(pictures, tmp_path):
+    train_hm(pictures, tmp_path / "run", "--plain-epochs", "4")
+    train_hm(pictures, tmp_path / "plain", "--destination", "softhard")
+    undefended, plain = stored(tmp_path / "run")["undefended"], stored(tmp_path / "plain")
+    assert undefended["epochs"] == 4 and "undefended" not in plain
+    assert undefended["clean"] == plain["clean"] and plain["notation"] == "HM[S,S]"
+
+
+@pytest.mark.parametrize("options, variant, notation", [
+    ("--source random --destination semihard", "random-semihard", "HM[R,M]"),
+    ("--destination constant --destination-hardness -0.2", "softhard-constant-0.2", "HM[S,-0.2]"),
+    ("--destination g-b --destination-sampler hardest", "softhard-g-b-hardest", "HM[S,g_B(H)]"),
+    ("--destination g-sqrt --softhard-self", "softhard-g-sqrt-self", "HM[S,g_1/2]"),
+    ("--source distance --destination g-square", "distance-g-square", "HM[D,g_2]"),
+    ("--ics 0.1 --benign-epochs 1 --eps-ramp-epochs 1 --epochs 2", "softhard-lga-ics-0.1",
+     "HM[S,g_LGA]&ICS"),
+    ("--amp --eval-every 1 --crop resized", "softhard-lga", "HM[S,g_LGA]")])
+def test_every_option_of_hm_runs(options, variant, notation, pictures, tmp_path):
+    train_hm(pictures, tmp_path / "run", "--epochs", "1", "--attack-steps", "8", *options.split())
+    results = stored(tmp_path / "run")
+    assert (results["variant"], results["notation"]) == (variant, notation)
+
+
+def test_a_dry_run_of_hm_writes_nothing(pictures, tmp_path, capsys):
+    train_hm(pictures, tmp_path / "run", "--dry-run")
+    shown = capsys.readouterr().out
+    assert "one batch of (6, 3, 32, 32)" in shown and "H_moved" in shown and "mAP@R" in shown
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("bad, words", [
+    ("--source nope", "nope"), ("--destination-hardness 1", "--destination constant"),
+    ("--destination-sampler random", "--destination g-b"), ("--ics -1", "-1"),
+    ("--source random --softhard-self", "neither"), ("--ics --destination softhard", "--ics"),
+    ("--batch-size 5", "5"),
+    ("--images-per-class 2", "--images-per-class"), ("--val-classes 2", "1 class")])
+def test_a_bad_value_for_hm_is_one_line_and_nothing_is_written(bad, words, pictures, tmp_path,
+                                                               fails):
+    fails(2, [words], hardness_manipulation,
+          *flags(pictures, tmp_path / "run", *bad.split(), method="hm"))
+    assert not contents(tmp_path), "a refused run leaves nothing behind"
+
+
+def test_hm_stops_when_its_loss_is_not_finite(pictures, tmp_path, monkeypatch, fails):
+    monkeypatch.setattr(hardness_manipulation, "triplet_loss",
+                        lambda a, *_, **__: a.sum() * torch.nan)
+    fails(1, ["nan", "none"], hardness_manipulation,
+          *flags(pictures, tmp_path / "run", method="hm"))
+
+
+# ---- (23) eval.py --protocol ers
+
+@pytest.fixture(scope="session")
+def scored_run(tmp_path_factory):
+    """A run on 120 images with its ERS."""
+    out = tmp_path_factory.mktemp("runs") / "hm-random-lga-gaussian-convnet-s0"
+    train("--dataset", "gaussian", "--image-size", "16", "--embedding-dim", "4", "--epochs", "1",
+          "--source", "random", "--benign-epochs", "0", "--plain-epochs", "0", "--attack-steps",
+          "1", "--eval-steps", "1", "--limit-queries", "120", "--workers", "0", "--device", "cpu",
+          "--out", out, script=hardness_manipulation)
+    evaluate(out, "--protocol", "ers", "--attack-steps", "1", "--limit-queries", "120",
+             "--workers", "0")
+    return out
+
+
+def test_ers_is_stored_once_with_its_ten_figures(scored_run, monkeypatch, capsys):
+    (entry,) = [entry for entry in stored(scored_run)["robust"] if entry["protocol"] == "ers"]
+    assert {"rule", "eps", "step", "steps", "seed", "n_queries", "limited", "R@1_clean",
+            *common.ERS_FIGURES} <= set(entry)
+    assert entry["ERS"] == pytest.approx(evaluator.ers(entry)) and entry["limited"]
+    monkeypatch.setattr(common, "evaluate_set", must_not_run)
+    evaluate(scored_run, "--protocol", "ers", "--attack-steps", "1", "--limit-queries", "120")
+    output = capsys.readouterr().out
+    assert f"{entry['ERS']:.1f}" in output and "a fixed subset of 120 images" in output
+    assert all(name in output for name in (*common.ERS_FIGURES, "R@1"))
+
+
+def test_a_table_of_ers_is_on_its_own_scales(scored_run, tmp_path):
+    evaluate(scored_run, "--protocol", "ers", "--attack-steps", "1", "--limit-queries", "120",
+             "--table", tmp_path / "table", "--metrics", "R@1", "TMA", "ERS")
+    (entry,) = [entry for entry in stored(scored_run)["robust"] if entry["protocol"] == "ers"]
+    header, line = (row for row in (tmp_path / "table.md").read_text().splitlines()
+                    if row.startswith("| "))
+    assert header == "| in % | clean R@1 | attacked TMA | attacked ERS |"
+    assert line.endswith(f"| {entry['TMA']:.2f} | {entry['ERS']:.1f} |")
