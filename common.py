@@ -1704,7 +1704,8 @@ class Attack:
         name = {"pgd": f"PGD-{self.steps}", "fgsm": "FGSM", "cw": f"C&W-{self.steps}",
                 "min-eps": f"smallest eps, PGD-{self.steps}"}[self.attack]
         radius = f"{'up to' if self.attack == 'min-eps' else 'eps'} {self.eps * 255:.3g}/255"
-        return self.protocol, self.objective, name, radius
+        objective = {"ers": "ERS", "ers-authors": "ERS(authors)"}.get(self.objective, self.objective)
+        return self.protocol, objective, name, radius
 
     def __str__(self):
         protocol, objective, name, radius = self.words()

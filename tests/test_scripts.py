@@ -1720,3 +1720,32 @@ def test_a_table_of_ers_is_on_its_own_scales(scored_run, tmp_path):
                     if row.startswith("| "))
     assert header == "| in % | clean R@1 | attacked TMA | attacked ERS |"
     assert line.endswith(f"| {entry['TMA']:.2f} | {entry['ERS']:.1f} |")
+
+
+# ---- (24) eval.py --beside
+
+def test_published_figures_stand_beside_their_rows(seed_runs, tmp_path):
+    (tmp_path / "paper.csv").write_text("row,paper R@1,paper ERS\nest,37.1,collapse\nother,1,2\n")
+    evaluate(*seed_runs, *HERE, "--table", tmp_path / "table", "--rules", "vote", "--metrics",
+             "R@1", "--beside", tmp_path / "paper.csv")
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert [row["beside"] for row in rows] == [{}, {"paper R@1": "37.1", "paper ERS": "collapse"}]
+    head, at, est = (line for line in (tmp_path / "table.md").read_text().splitlines()
+                     if line.startswith("| "))
+    assert head == "| in % | clean R@1 | attacked R@1 | paper R@1 | paper ERS |"
+    assert at.endswith(" | - | - |") and est.endswith(" | 37.1 | collapse |")
+
+
+@pytest.mark.parametrize("text, words", [
+    (None, "paper.csv"), ("", "column names"), ("row,R@1\nat\n", "1 columns"),
+    ("row,R@1\nother,1\n", "none of these rows"), (b"\xff\xfe\xff", "paper.csv")])
+def test_a_bad_file_beside_is_one_line_and_writes_no_table(text, words, seed_runs, tmp_path, fails):
+    path = tmp_path / "paper.csv"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    fails(2, [words], evaluator, *seed_runs, *HERE, "--table", tmp_path / "table", "--beside", path)
+    assert not (tmp_path / "table.md").exists()
+
+
+def test_beside_without_a_table_is_one_line(tmp_path, fails):
+    fails(2, ["--beside", "--table"], evaluator, tmp_path, "--beside", "paper.csv")
