@@ -25,7 +25,8 @@ SOURCES = sorted(ROOT.glob("*.py"))
 def commands(text):
     """The command lines of a text, those of its shell loops with the first values."""
     for variable, first in (("$method", "natural"), ("$seed", "0"), ("$loss", "triplet"),
-                            ("$rate", "0.1"), ("$perturb", "anchor")):
+                            ("$rate", "0.1"), ("$perturb", "anchor"), ("$source", "random"),
+                            ("$destination", "semihard"), ("$eta", "2")):
         text = text.replace(variable, first)
     found = re.findall(r"(?:^ {4,}|`)(?:uv run|python) (\w+\.py[^`\n]*)", text, re.M)
     return [shlex.split(line.split("   #")[0]) for line in found]
