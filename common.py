@@ -1686,8 +1686,11 @@ class Attack:
                             f"{attack}")
         if attack == "strong-1" and not (step_size is steps is None and restarts == 1
                                          and random_start):
-            raise UserError("strong is a frozen recipe, strong-1: drop --step-size, "
-                            "--attack-steps, --restarts and --no-random-start, or use pgd")
+            raise UserError("strong is a frozen recipe, strong-1, with its own steps, restarts and "
+                            "random start: drop the flags that change them, or use pgd")
+        if attack == "square" and not (step_size is None and random_start):
+            raise UserError("square has no step size, and its own random start: drop the flags "
+                            "that change them")
         if not re.fullmatch(r"sum|concat|mean|vote|member_[1-9]\d*|members_[1-9]\d*(\+[1-9]\d*)+",
                             against):
             raise UserError(f"--against {against!r}: choose sum, concat, mean, vote, member_1 ..., "
