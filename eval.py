@@ -243,8 +243,9 @@ def measure(objective, own, labels, candidates=None, names=None, seed=0, proxies
     decoy           cos to the mean t of another class: near ones first, the images of a class
                     spread evenly over the others
     nearest         d to the t of its class that is nearest to its own (alone in its class: its own)
-    impostor        d to the nearest t of its class minus d to the nearest of another, both nearest
-                    to e: above 0 exactly where Recall@1 fails. impostor@K: to the Kth of others
+    impostor        d to the nearest t of its class (alone: its own) minus d to the nearest of
+                    another, both nearest to e: Recall@1 fails where it is not below 0, and for
+                    whom is alone. impostor@K: to the Kth of others
     soft-impostor   the same over cosines with log-sum-exp at scale 16 in place of the extremes
     pal-pseudo      Proxy Anchor of e with the class whose proxy (C, D) is nearest to t
     """
@@ -255,7 +256,8 @@ def measure(objective, own, labels, candidates=None, names=None, seed=0, proxies
         if proxies is None:
             raise UserError("pal-pseudo needs the proxies of the training: attack a run of a "
                             "Proxy Anchor method, or leave it out")
-        nearest = (own @ F.normalize(proxies, dim=1).T).argmax(1)
+        nearest = torch.cat([(part @ F.normalize(proxies, dim=1).T).argmax(1)
+                             for part in own.split(1024)])
         loss = torch.func.vmap(lambda e, label: common.proxy_anchor_loss(e[None], label[None],
                                                                          proxies))
         return lambda e, rows: loss(e, nearest[rows])
@@ -275,11 +277,10 @@ def measure(objective, own, labels, candidates=None, names=None, seed=0, proxies
     def closeness(e):                                         # in the order of -d
         return e @ candidates.T - candidates.square().sum(1) / 2
 
-    parts = torch.arange(len(own), device=own.device).split(1024)
-    alone = torch.cat([~allowed(rows)[0].any(1, keepdim=True) for rows in parts])     # (n, 1)
+    alone = common.candidate_counts(labels, None if among else names)[:, None] == 0   # (n, 1)
     if kind == "nearest":
         index = torch.cat([closeness(own[rows]).masked_fill(~allowed(rows)[0], -torch.inf).argmax(1)
-                           for rows in parts])
+                           for rows in torch.arange(len(own)).split(1024)])
         point = torch.where(alone, own, candidates[index])
         return lambda e, rows: common.euclidean(e, point[rows])
     if kind in ("push-mean", "decoy"):
@@ -287,10 +288,10 @@ def measure(objective, own, labels, candidates=None, names=None, seed=0, proxies
         means = torch.zeros(len(classes), own.shape[1], device=own.device)
         means = F.normalize(means.index_add_(0, index, candidates), dim=1)
         if kind == "push-mean":
-            known = (labels[:, None] == classes)
-            point = torch.where(known.any(1, keepdim=True), means[known.long().argmax(1)], own)
+            place = torch.searchsorted(classes, labels).clamp(max=len(classes) - 1)
+            point = torch.where((classes[place] == labels)[:, None], means[place], own)
             return lambda e, rows: 1 - (e * point[rows]).sum(1)
-        point = means[decoys(own @ means.T, labels, classes)]
+        point = means[decoys(own, means, labels, classes)]
         return lambda e, rows: (e * point[rows]).sum(1)
     if kind == "target-other":
         point = candidates[random_others(labels, names, seed)]
@@ -301,8 +302,9 @@ def measure(objective, own, labels, candidates=None, names=None, seed=0, proxies
             with torch.no_grad():
                 near = closeness(e)
                 friend = near.masked_fill(~same, -torch.inf).argmax(1)
-                k = min(int(rank or 1), int(other.sum(1).min()))
-                foe = near.masked_fill(~other, -torch.inf).topk(k).indices[:, -1]
+                k = other.sum(1, keepdim=True).clamp(max=int(rank or 1))
+                foe = near.masked_fill(~other, -torch.inf).topk(int(k.max())).indices
+                foe = foe.gather(1, k - 1)[:, 0]
             friends = torch.where(alone[rows], own[rows], candidates[friend])
             return common.euclidean(e, friends) - common.euclidean(e, candidates[foe])
         return value
@@ -318,27 +320,31 @@ def measure(objective, own, labels, candidates=None, names=None, seed=0, proxies
 
 def random_others(labels, names, seed):
     """For every query one candidate of another class, at random (n,)."""
-    order, size = names.argsort(stable=True), (labels[:, None] == names).sum(1)
-    first = torch.searchsorted(names[order], labels)          # a class is one block of the order
+    ranked, order = names.sort(stable=True)                   # a class is one block of the order
+    first = torch.searchsorted(ranked, labels)
+    size = torch.searchsorted(ranked, labels, right=True) - first
     draw = torch.from_numpy(common.random_stream(seed, 0, common.TARGETS).random(len(labels)))
     place = (draw.to(labels.device) * (len(names) - size)).long()
     return order[place + size * (place >= first)]
 
 
-def decoys(cosine, labels, classes):
-    """For every query another class (n,), near ones first by cosine (n, C): at most ceil(n_c / k)
-    of the n_c queries of a class go to each of the k others."""
+def decoys(own, means, labels, classes):
+    """For every query (n, D) another class (n,), a row of means (C, D), near ones first by cosine:
+    at most ceil(n_c / k) of the n_c queries of a class go to each of the k others."""
     goal = torch.empty_like(labels)
     for label in labels.unique():
-        rows, others = (labels == label).nonzero()[:, 0], (classes != label).nonzero()[:, 0]
-        room = [math.ceil(len(rows) / len(others))] * len(others)
-        free = [True] * len(rows)
-        pairs = cosine[rows][:, others].flatten().argsort(descending=True, stable=True)
-        for pair in pairs.tolist():
-            row, other = divmod(pair, len(others))
-            if free[row] and room[other]:
-                goal[rows[row]], free[row] = others[other], False
-                room[other] -= 1
+        rows, same = (labels == label).nonzero()[:, 0], classes == label
+        others = len(classes) - int(same.sum())
+        # a query meets fewer full classes than there are queries: its nearest so many are enough
+        near, place = (own[rows] @ means.T).masked_fill(same, -torch.inf).topk(
+            min(len(rows), others))
+        order = near.flatten().argsort(descending=True, stable=True)
+        chosen, taken = {}, Counter()
+        for row, other in zip((order // near.shape[1]).tolist(), place.flatten()[order].tolist()):
+            if row not in chosen and taken[other] < math.ceil(len(rows) / others):
+                chosen[row] = other
+                taken[other] += 1
+        goal[rows] = torch.tensor([chosen[i] for i in range(len(rows))], device=goal.device)
     return goal
 
 
