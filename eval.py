@@ -162,7 +162,7 @@ def attacked(retrieval, attack, proxies=None):
     """(attacked embeddings of the queries, the gallery that they meet, {rule: more scores})."""
     if attack.objective.startswith("joint"):
         images, chosen = joint(retrieval, attack)
-        embeddings = common.embed(retrieval.models, ((own, None, rows) for own, rows in images))
+        embeddings = common.embed(retrieval.models, on_device(retrieval, images))
         return embeddings, None, share_scores(retrieval, attack, embeddings, chosen)
     aim, craft, extra = plan(retrieval, attack, proxies)
     embeddings, gallery = common.attacked_embeddings(retrieval, attack, aim, craft)
@@ -412,7 +412,8 @@ def joint(retrieval, attack):
 
     Every step maximises soft-impostor against the present embeddings of all other images, held
     fixed for that step. Unlike shift and push-mean, under which the images of a class move together
-    and meet again, it gets stronger with eps. -> ([(attacked images, rows)], chosen or None).
+    and meet again, it gets stronger with eps. -> ([attacked images of a batch], chosen or None),
+    on the CPU: together they may be larger than a GPU.
     """
     if retrieval.gallery is not None:
         raise UserError("joint attacks images that are compared with each other: it needs a run "
@@ -422,21 +423,30 @@ def joint(retrieval, attack):
     sizes = halved(attack.step_size, attack.steps) if attack.attack == "strong-1" else \
         [attack.step_size] * attack.steps
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+
+    def radius(images, rows):
+        mask = torch.ones(len(rows)) if chosen is None else chosen[rows]
+        return attack.eps * mask.to(images).view(-1, 1, 1, 1)
+
     with torch.random.fork_rng(devices=cuda), common.frozen(*models):
-        clean, now = [], []
+        now = []
         for number, (images, _, rows) in enumerate(retrieval.batches()):
             common.seed_torch(attack.seed, 0, common.EVALUATE, number)
-            mask = torch.ones(len(rows), dtype=torch.bool) if chosen is None else chosen[rows].cpu()
-            eps = attack.eps * mask.view(-1, 1, 1, 1).to(images)
+            eps = radius(images, rows)
             start = torch.empty_like(images).uniform_(-1, 1) if attack.random_start else 0
-            clean.append((images, rows, eps))
-            now.append(pgd(None, images, eps, 0, 0, start=images + eps * start))
+            now.append(pgd(None, images, eps, 0, 0, start=images + eps * start).cpu())
         for size in sizes:
-            current = common.embed(models, ((x, None, None) for x in now))
+            current = common.embed(models, on_device(retrieval, now))
             read, value = reading(retrieval, attack, current=current, ids=ids)
-            now = [pgd(lambda x, rows=rows: value([model(x) for model in read], rows), images, eps,
-                       size, 1, start=x) for x, (images, rows, eps) in zip(now, clean)]
-    return [(x, rows) for x, (_, rows, _) in zip(now, clean)], chosen
+            for number, (images, _, rows) in enumerate(retrieval.batches()):
+                now[number] = pgd(lambda x: value([model(x) for model in read], rows), images,
+                                  radius(images, rows), size, 1, start=now[number].to(images)).cpu()
+    return now, chosen
+
+
+def on_device(retrieval, images):
+    """Batches of images as common.embed takes them."""
+    return ((own.to(retrieval.labels.device), None, None) for own in images)
 
 
 def halved(step_size, steps):
