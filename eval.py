@@ -1210,7 +1210,8 @@ def outcome_of(run, checkpoint, args, device):
         if results and not same_images(results["clean"], outcome["robust"][0]):
             for entry in outcome["robust"]:                    # what it compares with
                 entry["clean"] = outcome["clean"]["by_rule"].get(entry["rule"], {})
-        measured = [common.entries_of(outcome["robust"], attack) for attack in missing]
+        measured = [common.entries_of(outcome["robust"], attack, amp=args.amp)
+                    for attack in missing]
         if results is not None and not args.dry_run:
             same = [entry for attack in missing for entry in common.entries_of(
                 results["robust"], attack, outcome["clean"]["n_queries"], args.amp)]
