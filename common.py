@@ -1663,7 +1663,8 @@ class Attack:
     Adam at learning rate step_size (eps / 10), projected to eps. min-eps: the smallest radius up to
     eps (32 / 255).
     square: steps (200) forward passes, no gradient. strong: the frozen recipe strong-1, 20 steps
-    of eps / 4, halved twice, the best iterate of two starts; only eps and seed can be given.
+    of eps / 4, halved twice, the best iterate of two starts (joint: the last of one); its numbers
+    are eps and seed alone.
     """
 
     def __init__(self, protocol="clustering", attack="pgd", objective=None, eps=None,
@@ -1681,6 +1682,8 @@ class Attack:
             raise UserError(f"{attack} with the objective {objective!r} is not part of --protocol "
                             f"{protocol}: it has {', '.join(known)}"
                             f"{'' if template else '; template has cw and min-eps'}")
+        if protocol == "ers" and attack != "pgd":
+            raise UserError(f"--protocol ers brings its own attacks: drop --attack {attack}")
         if objective.startswith(("joint", "worst")) and attack not in ("pgd", "strong-1"):
             raise UserError(f"the objective {objective} is attacked with pgd or strong: found "
                             f"{attack}")
