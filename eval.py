@@ -43,7 +43,7 @@ from common import UserError, pgd
 # ---- any model
 
 def evaluate_robustness(embed, images_or_loader, labels=None, *, protocol="clustering",
-                        attack="pgd", objective="shift", eps=8 / 255, step_size=None, steps=10,
+                        attack="pgd", objective=None, eps=8 / 255, step_size=None, steps=None,
                         restarts=1, random_start=True, ks=(1, 2, 4, 8), batch_size=128, seed=0,
                         device=None):
     """Clean and attacked retrieval of an embedding model: {"clean", "robust", "warnings"}.
@@ -54,24 +54,23 @@ def evaluate_robustness(embed, images_or_loader, labels=None, *, protocol="clust
     images_or_loader: (n, 3, H, W) with labels (n,), or a loader of (images, labels), which is read
     once and kept in memory.
     attack: pgd, fgsm, square (no gradients), strong (the frozen recipe strong-1: the worst of many
-    attacks, steps and step_size are its own); with the template protocol also cw (Carlini & Wagner)
-    and min-eps (the smallest radius up to eps that makes a query fail).
-    objective "shift" moves an image away from its clean embedding; "neighbour" (template only) a
-    rightly answered query away from its nearest neighbour, Algorithm 1 of Panum et al. (and "self",
-    the same queries away from themselves); with "shift", "targeted-random" and "targeted-nearest"
-    the template protocol attacks every query. The others, which read labels: see measure; "joint";
-    "worst" of all. The protocol "ers" brings its own ("ers-authors":
-    with the slips of its authors' code); its published score has steps=32. eps, step_size (None:
-    eps / 4; cw: eps / 10) in pixel values. restarts keep the highest objective per image. Scores
-    are in [0, 1].
+    attacks, with its own steps and step_size); with the template protocol also cw (Carlini &
+    Wagner) and min-eps (the smallest radius up to eps that makes a query fail).
+    objective (None: shift; square: impostor; strong: worst): "shift" moves an image away from its
+    clean embedding; "neighbour" (template only) a rightly answered query away from its nearest
+    neighbour, Algorithm 1 of Panum et al. (and "self", the same queries away from themselves).
+    Under all others the template protocol attacks every query: "targeted-random",
+    "targeted-nearest"; those of `measure`, most of which read labels; "worst" of all. For
+    clustering also "joint". The protocol "ers" brings its own ("ers-authors": with the slips of its
+    authors' code). eps, step_size (None: eps / 4; cw: eps / 10) in pixel values. steps (None: 10;
+    square: 200; ers: 32). restarts keep the highest objective per image. Scores are in [0, 1].
     Modes, gradients and the state of the random generators are afterwards as before.
     Raises ValueError when images are outside [0, 1] or arguments do not fit together.
     """
-    if protocol == "ers" or attack == "strong":
-        objective = None if objective == "shift" else objective
-        steps = None if attack == "strong" else steps
-    elif step_size is None and attack not in ("cw", "square"):
-        step_size = eps / 4
+    if protocol != "ers" and attack not in ("square", "strong"):
+        objective, steps = objective or "shift", 10 if steps is None else steps
+        if step_size is None and attack != "cw":
+            step_size = eps / 4
     settings = common.Attack(protocol, attack, objective, eps, step_size, steps, restarts,
                              random_start, seed)
     models = list(embed) if isinstance(embed, (list, tuple, nn.ModuleList)) else [embed]
