@@ -403,6 +403,8 @@ def labels_in(retrieval, attack, own, candidates):
         return retrieval.labels, retrieval.gallery_labels
     both = own if candidates is None else torch.cat([own, candidates])
     ids = common.kmeans(both, len(retrieval.names.unique()), attack.seed)
+    if (ids == ids[0]).all():                    # collapsed to a point: every image by itself
+        ids = torch.arange(len(both), device=both.device)
     return ids[:len(own)], None if candidates is None else ids[len(own):]
 
 
@@ -516,7 +518,7 @@ def share_scores(retrieval, attack, embeddings, chosen):
         for rule, (hit, _) in hits.items():
             scores.setdefault(rule, {}).update({
                 f"R@1_{side}": float(hit.cpu()[part].double().mean()),
-                f"AMI_{side}": common.ami(labels.cpu()[part], assigned[rule].cpu()[part])})
+                f"AMI_{side}": common.ami(labels.cpu()[part], assigned[rule][part])})
     return with_member_mean(scores, len(embeddings))
 
 
@@ -548,7 +550,7 @@ def worst_entries(retrieval, attack, proxies=None):
         found.append((name, free, embeddings, per_query(retrieval, embeddings, gallery), scores))
     every = {}
     for rule in found[0][3]:
-        own = dict(found[0][4][rule])
+        own = {name: value for name, value in found[0][4][rule].items() if "tie" not in name}
         for suffix, parts in (("_free", [part for part in found if part[1]]), ("", found)):
             if attack.protocol == "template":
                 worst, by, hit = worst_of_queries(retrieval, attack, gallery, parts, rule)
@@ -1153,6 +1155,11 @@ def main(args):
     device = common.pick_device(args.device, args.deterministic)
     if args.figures:
         pyplot()                                                          # installed?
+        first = attacks_of(args, 0)[0]
+        if (first.objective in ("worst", "pal-pseudo") or first.protocol == "ers"
+                or first.against != "sum"):
+            raise UserError(f"--figures draws the first attack on the first network, which {first} "
+                            f"does not have: name another one first or drop --figures")
     rows, report = [], []
     for run, checkpoint in zip(runs, checkpoints):
         outcome = outcome_of(run, checkpoint, args, device)
@@ -1445,7 +1452,7 @@ def passes_of(attack, count=1, proxies=False):
     if attack.objective.startswith("joint"):
         return 3 * attack.steps
     if attack.attack == "square":
-        return attack.steps
+        return attack.steps + 1
     if attack.attack == "cw":
         return CW_ROUNDS * (3 * attack.steps + 1)
     if attack.protocol == "ers":
