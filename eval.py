@@ -284,8 +284,8 @@ def measure(objective, own, labels, candidates=None, names=None, seed=0, proxies
         return lambda e, rows: common.euclidean(e, point[rows])
     if kind in ("push-mean", "decoy"):
         classes, index = names.unique(return_inverse=True)
-        means = torch.zeros(len(classes), own.shape[1], device=own.device)
-        means = F.normalize(means.index_add_(0, index, candidates), dim=1)
+        means = own.new_zeros(len(classes), own.shape[1]).index_add_(0, index, candidates)
+        means = F.normalize(means, dim=1)
         if kind == "push-mean":
             place = torch.searchsorted(classes, labels).clamp(max=len(classes) - 1)
             point = torch.where((classes[place] == labels)[:, None], means[place], own)
