@@ -39,7 +39,8 @@ def embedded(gallery):
     if not gallery:
         return own, labels, None, None
     names = torch.tensor([5, 0, 4, 0, 5, 4, 4, 1, 0, 4, 5])
-    return own, labels, F.normalize(unit(11, 6, seed=2) + unit(8, 6, seed=1)[names], dim=1), names
+    candidates = F.normalize(unit(11, 6, seed=2) + unit(8, 6, seed=1)[names], dim=1)
+    return own, labels, candidates * torch.linspace(0.7, 1.3, 11)[:, None], names
 
 
 def naive(objective, e, i, own, labels, candidates=None, names=None, chosen=None, proxies=None):

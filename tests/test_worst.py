@@ -143,6 +143,8 @@ def test_a_step_of_joint_is_a_step_against_where_the_others_are_now(objective, a
         total = sum(term.clamp(max=0.1 if against == "vote" else math.inf) for term in terms)
         (slope,) = torch.autograd.grad(total, x)
         x = (x.detach() + 0.03 * slope.sign()).clamp(images - 0.1, images + 0.1).clamp(0, 1)
+    e = retrieval.models[1](torch.cat(found)).detach()
+    assert by_rule(retrieval, attack)["member_2"]["R@1"] == recall_at_k(e, retrieval.labels)[1]
     # all but the signs of slopes that round to zero
     assert chosen is None and ((torch.cat(found) - x).abs() < 1e-5).double().mean() > 0.999
 
@@ -157,7 +159,7 @@ def test_joint_gets_stronger_with_eps_down_to_nothing_and_shift_does_not():
     assert recall["joint"][2] <= 5 / 35 and recall["shift"][-1] > recall["shift"][2] + 0.3
 
 
-@pytest.mark.parametrize("options", [{"objective": "joint"}, {"objective": "worst"},
+@pytest.mark.parametrize("options", [{"objective": "joint"}, {"objective": "worst", "steps": 1},
                                      {"attack": "square"}])
 def test_models_and_generators_are_as_before(options):
     images, labels = noisy_classes(3, 3, spread=0.3)
@@ -171,7 +173,7 @@ def test_models_and_generators_are_as_before(options):
                 torch.get_rng_state().tolist(), str(np.random.get_state()))
 
     before = condition()
-    evaluate_robustness(model, images, labels, **options)
+    evaluator.attack_entries(retrieval_of([model], images, labels), Attack(**options))
     assert condition() == before
 
 
@@ -209,6 +211,7 @@ def test_the_parts_of_the_worst(protocol, exact, last):
         assert part.restarts == (1 if part.objective.startswith("joint") else 3)
     strong = evaluator.worst_parts(Attack(protocol, "strong", eps=0.03, seed=7), 1, False)
     assert [part.attack for _, part in strong] == ["strong-1"] * 10 + ["square"]
+    assert [free for free, _ in strong] == [True] * 2 + [False] * 9
     assert all((part.eps, part.seed) == (0.03, 7) for _, part in strong)
     still = evaluator.worst_parts(Attack(protocol, objective="worst", random_start=False), 1, True)
     assert [part.objective for _, part in still if part.random_start] == ["shift"]
@@ -415,6 +418,21 @@ def test_ascend_halves_its_step_twice_and_goes_on_from_the_best():
         assert torch.equal(seen[stage], torch.stack(seen[:stage]).amax(0))
     torch.manual_seed(0)
     assert (objective(pgd(objective, images, 0.04, 0.02, 20)) < best - 1e-4).all()
+
+
+@pytest.mark.parametrize("kind, objective, sizes", [
+    ("strong", "joint", [0, *halved(0.02, 20)]), ("strong", "impostor", [0.02, 0.01, 0.005] * 2),
+    ("pgd", "joint", [0, *[0.02] * 10])])
+def test_the_steps_that_an_attack_takes(kind, objective, sizes, monkeypatch):
+    taken = []
+
+    def recorded(aim, images, eps, step_size, *rest, **options):
+        taken.append(step_size)
+        return pgd(aim, images, eps, step_size, *rest, **options)
+
+    monkeypatch.setattr(evaluator, "pgd", recorded)
+    by_rule(noisy_retrieval()[0], Attack("clustering", kind, objective, 0.08))
+    assert taken == sizes
 
 
 @pytest.mark.parametrize("flags", [{"steps": 20}, {"step_size": 0.01}, {"restarts": 2},
