@@ -467,7 +467,8 @@ def ascend(objective, images, eps, step_size, steps):
 def square(objective, images, eps, queries):
     """Square Attack (Andriushchenko et al., ECCV 2020, Alg. 1 and 2), l_inf: random search without
     gradients. Of every image, a square window of ever smaller side goes to +-eps, one sign a
-    channel, and stays where the objective rises. Starts at vertical stripes of +-eps.
+    channel, and stays where the objective rises. Starts at vertical stripes of +-eps; sides as in
+    the authors' code, from 0.8 of the area.
     """
     def signs(*shape):
         return 2.0 * torch.randint(2, shape, device=images.device) - 1
@@ -539,7 +540,7 @@ def worst_entries(retrieval, attack, proxies=None):
 
     Scores with _free: label-free attacks alone. worst_by: which attacks decide. parts: {attack:
     Recall@1 under it}. hits: the queries that the worst leaves right, bits in hexadecimal. bound,
-    clustering alone: the mean over images of their lowest hit, which no single attack has reached.
+    clustering alone: the mean over images of their lowest hit, which no one attack need reach.
     """
     started, found = time.perf_counter(), []
     for free, part in worst_parts(attack, len(retrieval.models), bool(proxies)):
