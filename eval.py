@@ -1035,7 +1035,7 @@ def parse_args(argv=None):
                              "strong worst; for square impostor). "
                              f"clustering: {', '.join(common.OBJECTIVES['clustering'])}. "
                              f"template: {', '.join(common.OBJECTIVES['template'])}. targeted: "
-                             "into another class; its success rate. worst: the worst of all others")
+                             "into another class; its success rate. worst: the worst of many")
     attack.add_argument("--against", default="sum", metavar="WHAT",
                         help="ensembles: the embeddings that the objective reads: sum (over the "
                              "members), concat, mean, vote, member_1 ..., members_1+2 ...")
@@ -1054,7 +1054,7 @@ def parse_args(argv=None):
     attack.add_argument("--step-size", type=common.fraction, default=None, metavar="2/255",
                         help="(default: eps / 4; 2 eps / steps for template; eps / 10 for cw)")
     attack.add_argument("--attack-steps", type=common.number(int, 0), default=None, metavar="N",
-                        help="(default: 10; 5 for template; 50 a round for cw)")
+                        help="(default: 10; 5 for template; 50 a round for cw; 200 for square)")
     attack.add_argument("--restarts", type=common.number(int, 1), default=1,
                         help="keep the best of so many, image by image")
     attack.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
