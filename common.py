@@ -25,6 +25,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -1200,7 +1201,7 @@ def map_at_r(embeddings: Tensor, labels: Tensor, gallery: Tensor | None = None,
         count = relevant.sum(1)
         if count.max() > 0:
             hit = relevant.gather(1, _nearest(similarity, relevant, int(count.max())))
-            total += float(_average_precision(hit, count).sum())
+            total += float(average_precision(hit, count).sum())
         queries += int((count > 0).sum())
     return total / max(queries, 1)
 
@@ -1213,7 +1214,7 @@ def _nearest(similarity, relevant, k):
     return ranked.topk(min(k, similarity.shape[1])).indices
 
 
-def _average_precision(hit, count):
+def average_precision(hit, count):
     """AP@R per query from hit (b, k >= R) in rank order and R = count (b,); 0 where R = 0."""
     rank = torch.arange(1, hit.shape[1] + 1, device=hit.device)
     hit = hit & (rank <= count[:, None])
@@ -1561,7 +1562,7 @@ def metrics_by_rule(embeddings, labels, *, ks, clusters, seed, gallery=None, gal
                   "member_mean": {key: None if value is None else
                                   float(np.mean([scores[name][key] for name in members]))
                                   for key, value in scores[members[0]].items()}} | scores
-    singletons = int((_candidate_counts(labels, gallery_labels) == 0).sum())
+    singletons = int((candidate_counts(labels, gallery_labels) == 0).sum())
     chance = None
     if clustering:
         stream = random_stream(seed, 0, EVALUATE)
@@ -1583,7 +1584,7 @@ def rule_spaces(embeddings, gallery=None) -> dict[str, tuple]:
     return spaces
 
 
-def _candidate_counts(labels, gallery_labels):
+def candidate_counts(labels, gallery_labels):
     """How many candidates of its own class every query has (n,), itself left out."""
     names = labels if gallery_labels is None else gallery_labels
     index = torch.cat([labels, names]).unique(return_inverse=True)[1]
@@ -1603,7 +1604,7 @@ def _vote_scores(embeddings, labels, ks, clusters, gallery, gallery_labels, assi
 
     mAP@R reads the voted list as a ranking. A tie: several labels share the highest count.
     """
-    count = _candidate_counts(labels, gallery_labels)
+    count = candidate_counts(labels, gallery_labels)
     candidates = len(labels) - 1 if gallery_labels is None else len(gallery_labels)
     depth = min(max(int(count.max()), *ks), candidates)
     galleries = gallery or [None] * len(embeddings)
@@ -1611,7 +1612,7 @@ def _vote_scores(embeddings, labels, ks, clusters, gallery, gallery_labels, assi
                          for own, other in zip(embeddings, galleries)])
     recall = vote_recall(votes, labels, ks)
     hit = vote_labels(votes) == labels[:, None]
-    precision = _average_precision(hit, count)[count > 0]
+    precision = average_precision(hit, count)[count > 0]
     first = votes[:, :, 0]                                                            # (N, n)
     agreeing = (first[:, None] == first[None]).sum(1)
     top = agreeing == agreeing.amax(0)
@@ -1628,12 +1629,19 @@ def _vote_scores(embeddings, labels, ks, clusters, gallery, gallery_labels, assi
                      cluster_vote_rule(len(labels), clusters)}
 
 
-ATTACKS = ("pgd", "fgsm", "cw", "min-eps")
+ATTACKS = ("pgd", "fgsm", "cw", "min-eps", "square", "strong-1")
+BOTH = ("push-mean", "target-other", "nearest", "impostor", "impostor@K", "soft-impostor", "decoy",
+        "pal-pseudo", "worst")
 # those of each protocol, its default first
-OBJECTIVES = {"clustering": ("shift",), "ers": ("ers", "ers-authors"),
-              "template": ("neighbour", "shift", "self", "targeted-random", "targeted-nearest")}
+OBJECTIVES = {"clustering": ("shift", *BOTH, "joint", "joint-pseudo"),
+              "ers": ("ers", "ers-authors"),
+              "template": ("neighbour", "shift", *BOTH, "impostor-pseudo", "self",
+                           "targeted-random", "targeted-nearest")}
 # Zhou & Patel's, on their own scales: percent, TMA a cosine, ES:D a distance.
 ERS_FIGURES = ("CA+", "CA-", "QA+", "QA-", "TMA", "ES:D", "ES:R", "LTM", "GTM", "GTT", "ERS")
+# Beside Recall@K, mAP@R and the clusterings.
+FURTHER_FIGURES = ("success", "min_eps_255", "R@1_free", "bound", "R@1_attacked", "R@1_untouched",
+                   "AMI_attacked", "AMI_untouched", *ERS_FIGURES)
 
 
 class Attack:
@@ -1645,66 +1653,118 @@ class Attack:
     nearest neighbour; then only queries whose nearest neighbour is right are attacked. "self": the
     same queries, away from their own clean embedding (the code of Panum et al.). "targeted-random",
     "targeted-nearest": every query, towards the image of that other class that is nearest to it.
+    The others are eval.py's: `measure`, `joint` and `worst` there.
+    against: which embeddings of an ensemble the objective reads: "sum" of the members', "concat",
+    "mean", "vote" (members that are wrong already count no more), "member_1", "members_1+2" ...
+    attacker_share: so many percent of the images are attacked, the others stay clean.
     eps None: 8/255 (0.01 for template). steps None: 10 (5). step_size None: eps / 4
     (2 * eps / steps). ers: 8/255, 32 steps of 3/8 eps. fgsm: one step of size eps; from the clean
-    image, unless the objective
-    measures the distance to that. cw: Carlini & Wagner; steps (50) of Adam at learning rate
-    step_size (eps / 10), projected to eps. min-eps: the smallest radius up to eps (32 / 255).
+    image, unless the objective measures the distance to that. cw: Carlini & Wagner; steps (50) of
+    Adam at learning rate step_size (eps / 10), projected to eps. min-eps: the smallest radius up to
+    eps (32 / 255).
+    square: steps (200) forward passes, no gradient. strong: the frozen recipe strong-1, 20 steps
+    of eps / 4, halved twice, the best iterate of two starts (joint: the last of one); its numbers
+    are eps and seed alone.
     """
 
     def __init__(self, protocol="clustering", attack="pgd", objective=None, eps=None,
-                 step_size=None, steps=None, restarts=1, random_start=True, seed=0):
+                 step_size=None, steps=None, restarts=1, random_start=True, seed=0, against="sum",
+                 attacker_share=100.0):
         template, known = protocol == "template", OBJECTIVES.get(protocol, ())
-        objective = objective or next(iter(known), None)
+        attack = "strong-1" if attack == "strong" else attack
+        objective = objective or {"strong-1": "worst", "square": "impostor"}.get(
+            attack, next(iter(known), None))
         for what, value, choice in (("protocol", protocol, PROTOCOLS), ("attack", attack, ATTACKS)):
             if value not in choice:
                 raise UserError(f"unknown {what} {value!r}: choose one of {', '.join(choice)}")
-        if objective not in known or attack in ("cw", "min-eps") and not template:
+        listed = re.sub("@[1-9][0-9]*$", "@K", objective) if objective != "impostor@K" else None
+        if listed not in known or attack in ("cw", "min-eps") and not template:
             raise UserError(f"{attack} with the objective {objective!r} is not part of --protocol "
                             f"{protocol}: it has {', '.join(known)}"
                             f"{'' if template else '; template has cw and min-eps'}")
+        if protocol == "ers" and attack != "pgd":
+            raise UserError(f"--protocol ers brings its own attacks: drop --attack {attack}")
+        if objective.startswith(("joint", "worst")) and attack not in ("pgd", "strong-1"):
+            raise UserError(f"the objective {objective} is attacked with pgd or strong: found "
+                            f"{attack}")
+        if attack == "strong-1" and not (step_size is steps is None and restarts == 1
+                                         and random_start):
+            raise UserError("strong is a frozen recipe, strong-1, with its own steps, restarts and "
+                            "random start: drop the flags that change them, or use pgd")
+        if attack == "square" and not (step_size is None and random_start):
+            raise UserError("square has no step size, and its own random start: drop the flags "
+                            "that change them")
+        if not re.fullmatch(r"sum|concat|mean|vote|member_[1-9]\d*|members_[1-9]\d*(\+[1-9]\d*)+",
+                            against):
+            raise UserError(f"--against {against!r}: choose sum, concat, mean, vote, member_1 ..., "
+                            f"members_1+2 ...")
+        if against == "vote" and objective not in ("impostor", "joint"):
+            raise UserError(f"against the vote an objective must say who is wrong, as impostor and "
+                            f"joint do: found {objective}")
+        if (against != "sum" or attacker_share != 100) and (
+                protocol == "ers" or objective in ("worst", "neighbour", "self")
+                or objective.startswith("targeted")):
+            raise UserError(f"--against and --attacker-share do not belong to {objective}: drop "
+                            f"them")
+        if not 0 < attacker_share <= 100 or attacker_share < 100 and template:
+            raise UserError("--attacker-share is a percentage above 0 and belongs to --protocol "
+                            "clustering: in template matching, queries do not see each other")
         if protocol == "ers":
             eps = 8 / 255 if eps is None else eps
             steps, random_start = 32 if steps is None else steps, False
             step_size = 3 / 8 * eps if step_size is None else step_size
         if eps is None:
             eps = 32 / 255 if attack == "min-eps" else 0.01 if template else 8 / 255
+        if attack == "strong-1":
+            steps, step_size = 20, eps / 4
         if steps is None:
-            steps = 50 if attack == "cw" else 5 if template else 10
+            steps = {"cw": 50, "square": 200}.get(attack, 5 if template else 10)
         if step_size is None:
             step_size = eps / 10 if attack == "cw" else \
                 2 * eps / max(steps, 1) if template else eps / 4
         own = objective in ("shift", "self")         # no gradient at the clean image
         if attack == "fgsm":
             steps, step_size, random_start = 1, eps, random_start and own
+        if attack == "square":
+            step_size, random_start = 2 * eps, True
         if own and not random_start:
             raise UserError(f"the {objective} objective has no gradient at the clean image: it "
                             f"needs its random start")
-        if restarts > 1 and (attack in ("cw", "min-eps") or protocol == "ers"):
-            raise UserError(f"{attack if template else protocol} has no restarts: drop --restarts "
-                            f"{restarts}")
+        if restarts > 1 and (attack in ("cw", "min-eps", "square") or protocol == "ers"
+                             or objective.startswith("joint")):
+            raise UserError(f"{objective if protocol == 'clustering' else protocol} with {attack} "
+                            f"has no restarts: drop --restarts {restarts}")
         if attack == "min-eps" and eps == 0:
             raise UserError("min-eps searches up to eps, which is 0: give a larger one")
+        if attack == "strong-1" and not objective.startswith("joint"):
+            restarts = 2
         if not 0 <= eps <= 1 or not step_size >= 0 or steps < 0 or restarts < 1:
             raise UserError(f"an attack needs 0 <= eps <= 1, step size >= 0, steps >= 0 and "
                             f"restarts >= 1: found {eps}, {step_size}, {steps}, {restarts}")
         self.protocol, self.attack, self.objective = protocol, attack, objective
         self.eps, self.step_size, self.steps = eps, step_size, steps
         self.restarts, self.random_start, self.seed = restarts, random_start, seed
+        self.against, self.attacker_share = against, attacker_share
 
     def entry(self):
         """The attack as it stands in results.json."""
         return {"protocol": self.protocol, "attack": self.attack, "objective": self.objective,
                 "norm": "linf", "eps": self.eps, "eps_255": self.eps * 255,
                 "step": self.step_size, "step_255": self.step_size * 255, "steps": self.steps,
-                "restarts": self.restarts, "random_start": self.random_start, "seed": self.seed}
+                "restarts": self.restarts, "random_start": self.random_start, "seed": self.seed,
+                "against": self.against, "attacker_share": self.attacker_share}
 
     def words(self):
         """Protocol, objective, attack and radius, to be read."""
         name = {"pgd": f"PGD-{self.steps}", "fgsm": "FGSM", "cw": f"C&W-{self.steps}",
-                "min-eps": f"smallest eps, PGD-{self.steps}"}[self.attack]
+                "min-eps": f"smallest eps, PGD-{self.steps}", "square": f"Square-{self.steps}",
+                "strong-1": "strong-1"}[self.attack]
+        if self.attacker_share < 100:
+            name += f" on {self.attacker_share:g} % of the images"
         radius = f"{'up to' if self.attack == 'min-eps' else 'eps'} {self.eps * 255:.3g}/255"
-        objective = {"ers": "ERS", "ers-authors": "ERS(authors)"}.get(self.objective, self.objective)
+        objective = {"ers": "ERS", "ers-authors": "ERS(authors)"}.get(self.objective,
+                                                                      self.objective)
+        objective += f" against {self.against}" if self.against != "sum" else ""
         return self.protocol, objective, name, radius
 
     def __str__(self):
@@ -1761,20 +1821,22 @@ def attacked_embeddings(retrieval, attack, aim=None, craft=None):
                                          shift_objectives(retrieval, retrieval.gallery), **settings)
 
 
-def attack_entries(retrieval, attack, aim=None, craft=None, extra=None) -> list[dict]:
-    """Attack a retrieval: its entries of results.json, one per inference rule.
-
-    aim, craft: as in attacked_embeddings. extra(embeddings): {rule: more scores of it}.
-    """
+def attack_entries(retrieval, attack) -> list[dict]:
+    """Attack a retrieval with "shift" or "neighbour": its entries of results.json, one per rule."""
     started = time.perf_counter()
-    embeddings, gallery = attacked_embeddings(retrieval, attack, aim, craft)
+    embeddings, gallery = attacked_embeddings(retrieval, attack)
+    return scored_entries(retrieval, attack, embeddings, gallery, started)
+
+
+def scored_entries(retrieval, attack, embeddings, gallery, started, more=None) -> list[dict]:
+    """The entries of attacked embeddings, one per inference rule; more: {rule: further scores}."""
     scores = retrieval.scores(embeddings, gallery, attack.seed,
                               clustering=attack.protocol != "template")
-    more = extra(embeddings) if extra else {}
     amp = any(getattr(model, "amp", False) for model in retrieval.models)
     seconds = round(time.perf_counter() - started, 3)
     return [{"rule": rule, **attack.entry(), "amp": amp, "limited": retrieval.limited,
-             "seconds": seconds, **score, **more.get(rule, {})} for rule, score in scores.items()]
+             "seconds": seconds, **score, **(more or {}).get(rule, {})}
+            for rule, score in scores.items()]
 
 
 def evaluate(models, batches, labels, attacks, *, ks=(1, 2, 4, 8), seed=0, gallery_batches=None,
@@ -2452,8 +2514,9 @@ def entries_of(robust: list[dict], attack: Attack, n_queries=None, amp=False) ->
     """The entries of results.json that this attack made, one per inference rule."""
     wanted = {**attack.entry(), "amp": amp}
     wanted |= {} if n_queries is None else {"n_queries": n_queries}
+    earlier = {"against": "sum", "attacker_share": 100.0}        # not named in older entries
     return [entry for entry in robust
-            if all(entry[name] == value for name, value in wanted.items())]
+            if all({**earlier, **entry}[name] == value for name, value in wanted.items())]
 
 
 def results_table(results: dict, label: str, rules=None) -> list[dict]:
@@ -2478,7 +2541,7 @@ def format_table(rows: list[dict]) -> str:
                for name in dict.fromkeys(
                    name for row in rows for name, value in row[side].items()
                    if value is not None and (
-                       name in ("mAP@R", "NMI", "AMI", "F1", "success", "min_eps_255", *ERS_FIGURES)
+                       name in ("mAP@R", "NMI", "AMI", "F1", *FURTHER_FIGURES)
                        or name[:2] == "R@" and name[2:].isdigit()))]
     heads = [metric_name(name).rjust(5) for _, name in columns]
     width = max(len(row["name"]) for row in rows)
@@ -2500,7 +2563,9 @@ def format_table(rows: list[dict]) -> str:
 
 def metric_name(metric: str) -> str:
     """The head of its column."""
-    return {"min_eps_255": "eps/255"}.get(metric, metric)
+    metric, _, of = metric.partition("_")
+    return {"min": "eps/255", "bound": "bound R@1"}.get(metric, metric) if of in ("", "eps_255") \
+        else f"{metric} {'label-free' if of == 'free' else of}"
 
 
 def cell(metric: str, value: float) -> str:

@@ -43,7 +43,7 @@ from common import UserError, pgd
 # ---- any model
 
 def evaluate_robustness(embed, images_or_loader, labels=None, *, protocol="clustering",
-                        attack="pgd", objective="shift", eps=8 / 255, step_size=None, steps=10,
+                        attack="pgd", objective=None, eps=8 / 255, step_size=None, steps=None,
                         restarts=1, random_start=True, ks=(1, 2, 4, 8), batch_size=128, seed=0,
                         device=None):
     """Clean and attacked retrieval of an embedding model: {"clean", "robust", "warnings"}.
@@ -53,22 +53,24 @@ def evaluate_robustness(embed, images_or_loader, labels=None, *, protocol="clust
     belongs inside. Rows that are not unit vectors are normalised, with a warning.
     images_or_loader: (n, 3, H, W) with labels (n,), or a loader of (images, labels), which is read
     once and kept in memory.
-    attack: pgd, fgsm; with the template protocol also cw (Carlini & Wagner) and min-eps (the
-    smallest radius up to eps that makes a query fail).
-    objective "shift" moves an image away from its clean embedding; "neighbour" (template only) a
-    rightly answered query away from its nearest neighbour, Algorithm 1 of Panum et al. (and "self",
-    the same queries away from themselves); with "shift", "targeted-random" and "targeted-nearest"
-    the template protocol attacks every query. The protocol "ers" brings its own ("ers-authors":
-    with the slips of its authors' code); its published score has steps=32. eps, step_size (None:
-    eps / 4; cw: eps / 10) in pixel values. restarts keep the highest objective per image. Scores
-    are in [0, 1].
+    attack: pgd, fgsm, square (no gradients), strong (the frozen recipe strong-1: the worst of many
+    attacks, with its own steps and step_size); with the template protocol also cw (Carlini &
+    Wagner) and min-eps (the smallest radius up to eps that makes a query fail).
+    objective (None: shift; square: impostor; strong: worst): "shift" moves an image away from its
+    clean embedding; "neighbour" (template only) a rightly answered query away from its nearest
+    neighbour, Algorithm 1 of Panum et al. (and "self", the same queries away from themselves).
+    Under all others the template protocol attacks every query: "targeted-random",
+    "targeted-nearest"; those of `measure`, most of which read labels; "worst" of all. For
+    clustering also "joint". The protocol "ers" brings its own ("ers-authors": with the slips of its
+    authors' code). eps, step_size (None: eps / 4; cw: eps / 10) in pixel values. steps (None: 10;
+    square: 200; ers: 32). restarts keep the highest objective per image. Scores are in [0, 1].
     Modes, gradients and the state of the random generators are afterwards as before.
     Raises ValueError when images are outside [0, 1] or arguments do not fit together.
     """
-    if protocol == "ers":
-        objective = None if objective == "shift" else objective
-    elif step_size is None and attack != "cw":
-        step_size = eps / 4
+    if protocol != "ers" and attack not in ("square", "strong"):
+        objective, steps = objective or "shift", 10 if steps is None else steps
+        if step_size is None and attack != "cw":
+            step_size = eps / 4
     settings = common.Attack(protocol, attack, objective, eps, step_size, steps, restarts,
                              random_start, seed)
     models = list(embed) if isinstance(embed, (list, tuple, nn.ModuleList)) else [embed]
@@ -141,19 +143,38 @@ def _checked(embeddings, count):
 
 # ---- attacks
 
-def attack_entries(retrieval, attack):
-    """The entries of results.json of any attack, one per inference rule."""
+def attack_entries(retrieval, attack, proxies=None):
+    """The entries of results.json of any attack, one per inference rule.
+
+    proxies: those of the training, one (C, D) per model; pal-pseudo needs them.
+    """
     if attack.protocol == "ers":
         return [ers_entry(retrieval, attack)]
-    return common.attack_entries(retrieval, attack, *plan(retrieval, attack))
+    if attack.objective == "worst":
+        return worst_entries(retrieval, attack, proxies)
+    started = time.perf_counter()
+    embeddings, gallery, more = attacked(retrieval, attack, proxies)
+    return common.scored_entries(retrieval, attack, embeddings, gallery, started, more)
 
 
-def plan(retrieval, attack):
-    """What common.attack_entries needs to know of an attack: (aim, craft, extra)."""
-    aim, target, craft = (common.shift_objectives(retrieval), None), None, None
+def attacked(retrieval, attack, proxies=None):
+    """(attacked embeddings of the queries, the gallery that they meet, {rule: more scores})."""
+    if attack.objective.startswith("joint"):
+        images, chosen = joint(retrieval, attack)
+        embeddings = common.embed(retrieval.models, on_device(retrieval, images))
+        return embeddings, None, share_scores(retrieval, attack, embeddings, chosen)
+    aim, craft, extra = plan(retrieval, attack, proxies)
+    embeddings, gallery = common.attacked_embeddings(retrieval, attack, aim, craft)
+    return embeddings, gallery, extra(embeddings)
+
+
+def plan(retrieval, attack, proxies=None):
+    """How an attack is crafted, batch by batch: (aim, craft, extra); aim and craft as in
+    common.attacked_embeddings, extra(embeddings): {rule: more scores}."""
+    target, craft, chosen = None, None, attacked_share(retrieval, attack)
 
     def extra(embeddings):
-        return {}
+        return share_scores(retrieval, attack, embeddings, chosen)
 
     if attack.objective in ("neighbour", "self"):
         aim = common.neighbour_objectives(retrieval, own=attack.objective == "self")
@@ -166,9 +187,22 @@ def plan(retrieval, attack):
             after = success_rates(retrieval, embeddings, target)
             return {rule: {"success": rate, "success_clean": before[rule]}
                     for rule, rate in after.items()}
+    else:
+        if retrieval.gallery is not None and attack.protocol == "clustering" and (
+                attack.objective, attack.against, chosen) != ("shift", "sum", None):
+            raise UserError(f"{attack}: with a gallery of its own, clustering moves that too, and "
+                            f"away from itself alone: use shift, or --protocol template")
+        models, value = reading(retrieval, attack, proxies)
+        aim = (lambda rows: lambda images: value([model(images) for model in models], rows)), chosen
 
     succeeds = success_tests(retrieval, target)
-    if attack.attack == "cw":
+    if attack.attack == "strong-1":
+        def craft(objective, images, rows):
+            return ascend(objective, images, attack.eps, attack.step_size, attack.steps)
+    elif attack.attack == "square":
+        def craft(objective, images, rows):
+            return square(objective, images, attack.eps, attack.steps)
+    elif attack.attack == "cw":
         def craft(objective, images, rows):          # a smaller change than eps changes no score
             return carlini_wagner(lambda x, i: aim[0](rows[i.cpu()])(x),
                                   lambda x, i: succeeds(rows[i.cpu()])(x), images, attack.eps,
@@ -192,6 +226,427 @@ def plan(retrieval, attack):
 
     return aim, craft, extra
 
+
+# ---- objectives
+
+def measure(objective, own, labels, candidates=None, names=None, seed=0, proxies=None):
+    """value(e (B, D), rows (B,)) -> (B,): what an attack maximises in one space of embeddings.
+
+    own (n, D): the clean embeddings t of the queries, unit rows, with labels (n,). candidates
+    (N, D), names (N,): where they are looked up; None: among themselves, each without itself.
+    cos and Euclidean d to e, the embedding of the attacked image:
+
+    shift           1 - cos to its own t
+    push-mean       1 - cos to the mean t of its class, itself included
+    target-other    cos to the t of one random image of another class
+    decoy           cos to the mean t of another class: near ones first, the images of a class
+                    spread evenly over the others
+    nearest         d to the t of its class that is nearest to its own (alone in its class: its own)
+    impostor        d to the nearest t of its class (alone: its own) minus d to the nearest of
+                    another, both nearest to e: Recall@1 fails where it is not below 0, and for
+                    whom is alone. impostor@K: to the Kth of others
+    soft-impostor   the same over cosines with log-sum-exp at scale 16 in place of the extremes
+    pal-pseudo      Proxy Anchor of e with the class whose proxy (C, D) is nearest to t
+    """
+    kind, _, rank = objective.partition("@")
+    if kind == "shift":
+        return lambda e, rows: 1 - (e * own[rows]).sum(1)
+    if kind == "pal-pseudo":
+        if proxies is None:
+            raise UserError("pal-pseudo needs the proxies of the training: attack a run of a "
+                            "Proxy Anchor method, or leave it out")
+        nearest = torch.cat([(part @ F.normalize(proxies, dim=1).T).argmax(1)
+                             for part in own.split(1024)])
+        loss = torch.func.vmap(lambda e, label: common.proxy_anchor_loss(e[None], label[None],
+                                                                         proxies))
+        return lambda e, rows: loss(e, nearest[rows])
+    among = candidates is None                                # the queries themselves
+    candidates, names = (own, labels) if among else (candidates, names)
+    if kind != "nearest" and (names[0] == names).all():
+        raise UserError(f"{objective} needs candidates of two classes: give more data")
+
+    def allowed(rows):
+        """bool (B, N) each: of its class and not itself; of another class."""
+        same = labels[rows, None] == names
+        other = ~same
+        if among:
+            same[torch.arange(len(rows)), rows] = False
+        return same, other
+
+    def closeness(e):                                         # in the order of -d
+        return e @ candidates.T - candidates.square().sum(1) / 2
+
+    alone = common.candidate_counts(labels, None if among else names)[:, None] == 0   # (n, 1)
+    if kind == "nearest":
+        index = torch.cat([closeness(own[rows]).masked_fill(~allowed(rows)[0], -torch.inf).argmax(1)
+                           for rows in torch.arange(len(own)).split(1024)])
+        point = torch.where(alone, own, candidates[index])
+        return lambda e, rows: common.euclidean(e, point[rows])
+    if kind in ("push-mean", "decoy"):
+        classes, index = names.unique(return_inverse=True)
+        means = own.new_zeros(len(classes), own.shape[1]).index_add_(0, index, candidates)
+        means = F.normalize(means, dim=1)
+        if kind == "push-mean":
+            place = torch.searchsorted(classes, labels).clamp(max=len(classes) - 1)
+            point = torch.where((classes[place] == labels)[:, None], means[place], own)
+            return lambda e, rows: 1 - (e * point[rows]).sum(1)
+        point = means[decoys(own, means, labels, classes)]
+        return lambda e, rows: (e * point[rows]).sum(1)
+    if kind == "target-other":
+        point = candidates[random_others(labels, names, seed)]
+        return lambda e, rows: (e * point[rows]).sum(1)
+    if kind == "impostor":
+        def value(e, rows):
+            same, other = allowed(rows)
+            with torch.no_grad():
+                near = closeness(e)
+                friend = near.masked_fill(~same, -torch.inf).argmax(1)
+                k = other.sum(1, keepdim=True).clamp(max=int(rank or 1))
+                foe = near.masked_fill(~other, -torch.inf).topk(int(k.max())).indices
+                foe = foe.gather(1, k - 1)[:, 0]
+            friends = torch.where(alone[rows], own[rows], candidates[friend])
+            return common.euclidean(e, friends) - common.euclidean(e, candidates[foe])
+        return value
+
+    def value(e, rows):                                       # soft-impostor
+        same, other = allowed(rows)
+        cosine = 16 * e @ candidates.T
+        friend = torch.where(alone[rows, 0], 16 * (e * own[rows]).sum(1),
+                             cosine.masked_fill(~same, -torch.inf).logsumexp(1))
+        return (cosine.masked_fill(~other, -torch.inf).logsumexp(1) - friend) / 16
+    return value
+
+
+def random_others(labels, names, seed):
+    """For every query one candidate of another class, at random (n,)."""
+    ranked, order = names.sort(stable=True)                   # a class is one block of the order
+    first = torch.searchsorted(ranked, labels)
+    size = torch.searchsorted(ranked, labels, right=True) - first
+    draw = torch.from_numpy(common.random_stream(seed, 0, common.TARGETS).random(len(labels)))
+    place = (draw.to(labels.device) * (len(names) - size)).long()
+    return order[place + size * (place >= first)]
+
+
+def decoys(own, means, labels, classes):
+    """For every query (n, D) another class (n,), a row of means (C, D), near ones first by cosine:
+    at most ceil(n_c / k) of the n_c queries of a class go to each of the k others."""
+    goal = torch.empty_like(labels)
+    for label in labels.unique():
+        rows, same = (labels == label).nonzero()[:, 0], classes == label
+        others = len(classes) - int(same.sum())
+        # a query meets fewer full classes than there are queries: its nearest so many are enough
+        near, place = (own[rows] @ means.T).masked_fill(same, -torch.inf).topk(
+            min(len(rows), others))
+        order = near.flatten().argsort(descending=True, stable=True)
+        chosen, taken = {}, Counter()
+        for row, other in zip((order // near.shape[1]).tolist(), place.flatten()[order].tolist()):
+            if row not in chosen and taken[other] < math.ceil(len(rows) / others):
+                chosen[row] = other
+                taken[other] += 1
+        goal[rows] = torch.tensor([chosen[i] for i in range(len(rows))], device=goal.device)
+    return goal
+
+
+VOTE_MARGIN = 0.1
+
+
+def reading(retrieval, attack, proxies=None, current=None, ids=None):
+    """What attack.against names: (its models, value(their embeddings of a batch, rows) -> (B,)).
+
+    current: the candidates' embeddings now, one per model, in place of the clean ones. ids: labels
+    in place of retrieval.labels, one per space.
+    """
+    members = members_of(attack, len(retrieval.models))
+    values, together = [], attack.against in ("concat", "mean")
+    if together and attack.objective == "pal-pseudo":
+        raise UserError(f"pal-pseudo reads the proxies of each member: drop --against "
+                        f"{attack.against}")
+    for i, (own, candidates) in enumerate(spaces_of(retrieval, attack, current)):
+        labels, names = ids[i] if ids else labels_in(retrieval, attack, own, candidates)
+        objective = attack.objective.replace("impostor-pseudo", "impostor")
+        if current:                             # the vote is won or lost by the exact condition
+            objective = "impostor" if attack.against == "vote" else "soft-impostor"
+        values.append(measure(objective, own, labels, candidates, names, attack.seed,
+                              proxies[members[i]] if proxies else None))
+
+    def value(found, rows):
+        if together:
+            found = [common.rule_spaces(found)[attack.against][0]]
+        terms = [value(e, rows) for value, e in zip(values, found)]
+        if attack.against == "vote":            # who is clearly wrong already counts no more
+            terms = [term.clamp(max=VOTE_MARGIN) for term in terms]
+        return sum(terms)
+
+    return [retrieval.models[i] for i in members], value
+
+
+def members_of(attack, count):
+    """The numbers, from 0, of the networks that attack.against reads."""
+    members = [int(i) - 1 for i in re.findall(r"\d+", attack.against)] or [*range(count)]
+    if max(members) >= count or attack.against in ("concat", "mean", "vote") and count == 1:
+        raise UserError(f"--against {attack.against}: the run's networks are {count} in number; "
+                        f"drop it")
+    return members
+
+
+def spaces_of(retrieval, attack, embeddings=None):
+    """[(queries, candidates or None)] of the spaces that attack.against reads."""
+    spaces = common.rule_spaces(embeddings or retrieval.clean, retrieval.gallery)
+    names = [attack.against] if attack.against in ("concat", "mean") else \
+        [f"member_{i + 1}" for i in members_of(attack, len(retrieval.models))]
+    return [spaces[name] for name in names]
+
+
+def labels_in(retrieval, attack, own, candidates):
+    """Labels of queries and candidates; for -pseudo objectives the ids of k-means on both."""
+    if not attack.objective.endswith("-pseudo") or attack.objective == "pal-pseudo":
+        return retrieval.labels, retrieval.gallery_labels
+    both = own if candidates is None else torch.cat([own, candidates])
+    ids = common.kmeans(both, len(retrieval.names.unique()), attack.seed)
+    if (ids == ids[0]).all():                    # collapsed to a point: every image by itself
+        ids = torch.arange(len(both), device=both.device)
+    return ids[:len(own)], None if candidates is None else ids[len(own):]
+
+
+def joint(retrieval, attack):
+    """All images attacked together against where the others are now; EAT's own Eq. (3).
+
+    Every step maximises soft-impostor against the present embeddings of all other images, held
+    fixed for that step. Unlike shift and push-mean, under which the images of a class move together
+    and meet again, it gets stronger with eps. -> ([attacked images of a batch], chosen or None),
+    on the CPU: together they may be larger than a GPU.
+    """
+    if retrieval.gallery is not None:
+        raise UserError("joint attacks images that are compared with each other: it needs a run "
+                        "with --inshop-protocol query")
+    chosen, models = attacked_share(retrieval, attack), retrieval.models
+    ids = [labels_in(retrieval, attack, own, None) for own, _ in spaces_of(retrieval, attack)]
+    sizes = halved(attack.step_size, attack.steps) if attack.attack == "strong-1" else \
+        [attack.step_size] * attack.steps
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+
+    def radius(images, rows):
+        mask = torch.ones(len(rows)) if chosen is None else chosen[rows]
+        return attack.eps * mask.to(images).view(-1, 1, 1, 1)
+
+    with torch.random.fork_rng(devices=cuda), common.frozen(*models):
+        now = []
+        for number, (images, _, rows) in enumerate(retrieval.batches()):
+            common.seed_torch(attack.seed, 0, common.EVALUATE, number)
+            eps = radius(images, rows)
+            start = torch.empty_like(images).uniform_(-1, 1) if attack.random_start else 0
+            now.append(pgd(None, images, eps, 0, 0, start=images + eps * start).cpu())
+        for size in sizes:
+            current = common.embed(models, on_device(retrieval, now))
+            read, value = reading(retrieval, attack, current=current, ids=ids)
+            for number, (images, _, rows) in enumerate(retrieval.batches()):
+                now[number] = pgd(lambda x: value([model(x) for model in read], rows), images,
+                                  radius(images, rows), size, 1, start=now[number].to(images)).cpu()
+    return now, chosen
+
+
+def on_device(retrieval, images):
+    """Batches of images as common.embed takes them."""
+    return ((own.to(retrieval.labels.device), None, None) for own in images)
+
+
+def halved(step_size, steps):
+    """Half of the steps at step_size, a quarter at its half, the rest at its quarter."""
+    return [step_size / (1 if step < steps // 2 else 2 if step < 3 * steps // 4 else 4)
+            for step in range(steps)]
+
+
+def ascend(objective, images, eps, step_size, steps):
+    """PGD whose step size is halved twice; every stage begins at the best iterate so far."""
+    best = None
+    for size, stage in itertools.groupby(halved(step_size, steps)):
+        best = pgd(objective, images, eps, size, len(list(stage)), start=best, keep="best")
+    return best
+
+
+def square(objective, images, eps, queries):
+    """Square Attack (Andriushchenko et al., ECCV 2020, Alg. 1 and 2), l_inf: random search without
+    gradients. Of every image, a square window of ever smaller side goes to +-eps, one sign a
+    channel, and stays where the objective rises. Starts at vertical stripes of +-eps; sides as in
+    the authors' code, from 0.8 of the area.
+    """
+    def signs(*shape):
+        return 2.0 * torch.randint(2, shape, device=images.device) - 1
+
+    count, channels, height, width = images.shape
+    x = torch.arange(width, device=images.device)
+    y = torch.arange(height, device=images.device)[:, None]
+    with torch.no_grad():
+        best = (images + eps * signs(count, channels, 1, width)).clamp(0, 1)
+        value = objective(best)
+        for query in range(queries):
+            marks = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)      # of 10,000 queries
+            area = 0.8 / 2 ** sum(10_000 * query >= mark * queries for mark in marks)
+            side = max(1, min(round((area * height * width) ** 0.5), height, width))
+            top = torch.randint(height - side + 1, (count, 1, 1, 1), device=images.device)
+            left = torch.randint(width - side + 1, (count, 1, 1, 1), device=images.device)
+            window = (y >= top) & (y < top + side) & (x >= left) & (x < left + side)
+            tried = (images + eps * signs(count, channels, 1, 1)).clamp(0, 1)
+            tried = torch.where(window, tried, best)
+            risen = objective(tried)
+            best = torch.where((risen > value).view(-1, 1, 1, 1), tried, best)
+            value = torch.maximum(risen, value)
+    return best
+
+
+def attacked_share(retrieval, attack):
+    """The images that are attacked (n,) bool, drawn from the seed; None: all."""
+    count = len(retrieval.labels)
+    if attack.attacker_share == 100:
+        return None
+    number = min(max(1, round(count * attack.attacker_share / 100)), count - 1)
+    order = common.random_stream(attack.seed, 0, common.TARGETS, 1).permutation(count)
+    return torch.from_numpy(np.isin(np.arange(count), order[:number])).to(retrieval.labels.device)
+
+
+def share_scores(retrieval, attack, embeddings, chosen):
+    """{rule: Recall@1 and AMI of the attacked and of the untouched images}; None: {}."""
+    if chosen is None:
+        return {}
+    labels, clusters = retrieval.labels, len(retrieval.labels.unique())
+    assigned = {rule: common.kmeans(own, clusters, attack.seed).cpu()
+                for rule, (own, _) in common.rule_spaces(embeddings).items()}
+    if len(embeddings) > 1:
+        assigned["vote"] = common.vote_clusters(torch.stack(
+            [assigned[f"member_{i + 1}"] for i in range(len(embeddings))]), clusters)
+    hits, scores = per_query(retrieval, embeddings, None), {}
+    for side, part in (("attacked", chosen.cpu()), ("untouched", ~chosen.cpu())):
+        for rule, (hit, _) in hits.items():
+            scores.setdefault(rule, {}).update({
+                f"R@1_{side}": float(hit.cpu()[part].double().mean()),
+                f"AMI_{side}": common.ami(labels.cpu()[part], assigned[rule][part])})
+    return with_member_mean(scores, len(embeddings))
+
+
+def with_member_mean(scores, count):
+    """{rule: {name: number}} with the mean of the members beside them, where there are several."""
+    if count == 1:
+        return scores
+    members = [scores[f"member_{i + 1}"] for i in range(count)]
+    return {**scores, "member_mean": {
+        name: statistics.mean(own[name] for own in members) if isinstance(value, float) else value
+        for name, value in members[0].items() if not isinstance(value, (dict, str))}}
+
+
+# ---- worst case
+
+def worst_entries(retrieval, attack, proxies=None):
+    """The worst of many attacks as entries of results.json, one per inference rule.
+
+    Scores with _free: label-free attacks alone. worst_by: which attacks decide. parts: {attack:
+    Recall@1 under it}. hits: the queries that the worst leaves right, bits in hexadecimal. bound,
+    clustering alone: the mean over images of their lowest hit, which no one attack need reach.
+    """
+    started, found = time.perf_counter(), []
+    for free, part in worst_parts(attack, len(retrieval.models), bool(proxies)):
+        embeddings, gallery, _ = attacked(retrieval, part, proxies)
+        scores = retrieval.scores(embeddings, gallery, attack.seed,
+                                  clustering=attack.protocol == "clustering")
+        name = part.words()[1] + (" (Square)" if part.attack == "square" else "")
+        found.append((name, free, embeddings, per_query(retrieval, embeddings, gallery), scores))
+    every = {}
+    for rule in found[0][3]:
+        own = {name: value for name, value in found[0][4][rule].items() if "tie" not in name}
+        for suffix, parts in (("_free", [part for part in found if part[1]]), ("", found)):
+            if attack.protocol == "template":
+                worst, by, hit = worst_of_queries(retrieval, attack, gallery, parts, rule)
+            else:
+                worst, by, hit = worst_of_sets(parts, rule)
+                all_hit = torch.stack([outcome[rule][0] for *_, outcome, _ in parts]).all(0)
+                own[f"bound{suffix}"] = float(all_hit.double().mean())
+            own |= {name + suffix: value for name, value in worst.items()}
+            own[f"worst_by{suffix}"] = by
+        own["hits"] = np.packbits(hit.cpu().numpy()).tobytes().hex()
+        own["parts"] = {name: scores[rule]["R@1"] for name, *_, scores in found}
+        every[rule] = own
+    every = with_member_mean(every, len(retrieval.models))
+    amp = any(getattr(model, "amp", False) for model in retrieval.models)
+    seconds = round(time.perf_counter() - started, 3)
+    return [{"rule": rule, **attack.entry(), "amp": amp, "limited": retrieval.limited,
+             "seconds": seconds, **every[rule]} for rule in found[0][4]]
+
+
+def worst_of_queries(retrieval, attack, gallery, parts, rule):
+    """Template: of every query the attack that makes it a miss, among several the lowest AP@R; one
+    real perturbation each. -> (scores, {attack: share of the queries}, hits (n,))."""
+    hit, precision = (torch.stack(own) for own in zip(*(part[3][rule] for part in parts)))  # (P, n)
+    best = (2 * hit + precision).argmin(0)
+    rows = torch.arange(len(best), device=best.device)
+    chosen = [torch.stack(own)[best, rows] for own in zip(*(part[2] for part in parts))]
+    scores = retrieval.scores(chosen, gallery, attack.seed, clustering=False)[rule]
+    return ({name: value for name, value in scores.items() if scored(name)},
+            {part[0]: float((best == i).double().mean()) for i, part in enumerate(parts)},
+            hit[best, rows])
+
+
+def worst_of_sets(parts, rule):
+    """Clustering: of every metric the lowest score that one attack on the whole set reaches.
+    -> (scores, {metric: attack}, hits (n,) under the attack that decides Recall@1)."""
+    lowest = {name: min(parts, key=lambda part: part[4][rule][name])
+              for name in parts[0][4][rule] if scored(name)}
+    return ({name: part[4][rule][name] for name, part in lowest.items()},
+            {name: part[0] for name, part in lowest.items()}, lowest["R@1"][3][rule][0])
+
+
+def scored(name):
+    """Whether a metric is one that an attack lowers."""
+    return name in ("mAP@R", "NMI", "AMI", "F1") or name[:2] == "R@" and name[2:].isdigit()
+
+
+def worst_parts(attack, count, proxies):
+    """The attacks of `worst`: [(label-free?, Attack)].
+
+    Every objective on the sum of the members; for several models also the one that is the exact
+    condition of a miss (impostor; for clustering: joint) on concat, mean, each member, every
+    majority of them, and the vote; for the recipe strong also Square on the margin.
+    """
+    clustering = attack.protocol == "clustering"
+    exact = "joint" if clustering else "impostor"
+    free = ["shift", f"{exact}-pseudo", *(["pal-pseudo"] if proxies else [])]
+    aware = ["push-mean", "target-other", "decoy", "nearest", "impostor", "impostor@5",
+             "soft-impostor", "joint" if clustering else "neighbour"]
+    against = []
+    if count > 1:
+        majority = itertools.combinations(range(1, count + 1), count // 2 + 1)
+        against = ["concat", "mean", *(f"member_{i + 1}" for i in range(count)), "vote",
+                   *(f"members_{'+'.join(map(str, own))}" for own in majority if len(own) > 1
+                     and len(own) < count)]
+
+    def part(objective, against="sum", kind=attack.attack):
+        numbers = () if kind != "pgd" else (
+            attack.step_size, attack.steps, 1 if objective.startswith("joint") else attack.restarts,
+            attack.random_start or objective == "shift")
+        return common.Attack(attack.protocol, kind, objective, attack.eps, *numbers,
+                             seed=attack.seed, against=against)
+
+    parts = [(True, part(objective)) for objective in free]
+    parts += [(False, part(objective)) for objective in aware]
+    parts += [(False, part(exact, own)) for own in against]
+    if attack.attack == "strong-1":
+        parts += [(False, part("impostor", kind="square"))]
+    return parts
+
+
+def per_query(retrieval, embeddings, gallery):
+    """{rule: (hit at rank 1 (n,) bool, AP@R (n,))} of the rules that rank candidates."""
+    labels = retrieval.labels
+    count = common.candidate_counts(labels, retrieval.gallery_labels)
+    depth = max(int(count.max()), 1)
+    lists = {rule: common.neighbour_labels(own, labels, depth, other, retrieval.gallery_labels)
+             for rule, (own, other) in common.rule_spaces(embeddings, gallery).items()}
+    if len(embeddings) > 1:
+        lists["vote"] = common.vote_labels(torch.stack(
+            [lists[f"member_{i + 1}"] for i in range(len(embeddings))]))
+    return {rule: (found[:, 0] == labels, common.average_precision(found == labels[:, None], count))
+            for rule, found in lists.items()}
+
+
+# ---- searches and targets
 
 def success_tests(retrieval, target=None):
     """make(rows) -> test(images): bool (B,), whether the attack on these queries has succeeded.
@@ -567,15 +1022,26 @@ def parse_args(argv=None):
                         help="a run's folder, a checkpoint, or a quoted pattern of them")
     attack = parser.add_argument_group("attack")
     attack.add_argument("--protocol", choices=common.PROTOCOLS, default="clustering")
-    attack.add_argument("--attack", choices=("pgd", "fgsm", "cw"), nargs="+", default=None,
-                        help="cw: Carlini & Wagner, template only (default: pgd)")
+    attack.add_argument("--attack", choices=("pgd", "fgsm", "cw", "square", "strong"), nargs="+",
+                        default=None, help="cw: Carlini & Wagner, template only; square: Square "
+                        "Attack, no gradients; strong: the frozen recipe strong-1, the worst of "
+                        "many attacks (default: pgd)")
     attack.add_argument("--min-eps", action="store_true",
                         help="template: the smallest radius up to --eps at which PGD succeeds, by "
                              "bisection; its median (beside --attack, if given)")
     attack.add_argument("--objective", nargs="+", default=None,
-                        choices=("shift", "neighbour", "targeted-random", "targeted-nearest"),
-                        help="what is maximised (default: shift; neighbour for template). "
-                             "targeted: into another class; its success rate")
+                        metavar="NAME",
+                        help="what is maximised (default: shift; neighbour for template; for "
+                             "strong worst; for square impostor). "
+                             f"clustering: {', '.join(common.OBJECTIVES['clustering'])}. "
+                             f"template: {', '.join(common.OBJECTIVES['template'])}. targeted: "
+                             "into another class; its success rate. worst: the worst of many")
+    attack.add_argument("--against", default="sum", metavar="WHAT",
+                        help="ensembles: the embeddings that the objective reads: sum (over the "
+                             "members), concat, mean, vote, member_1 ..., members_1+2 ...")
+    attack.add_argument("--attacker-share", type=common.number(float, 0, 100), nargs="+",
+                        default=[100.0], metavar="PERCENT",
+                        help="clustering: attack so many percent of the images")
     attack.add_argument("--ers-variant", choices=("corrected", "authors"), default="corrected",
                         help="ers: authors repeats the slips of the authors' code, for comparison "
                              "with the paper's column alone")
@@ -588,7 +1054,7 @@ def parse_args(argv=None):
     attack.add_argument("--step-size", type=common.fraction, default=None, metavar="2/255",
                         help="(default: eps / 4; 2 eps / steps for template; eps / 10 for cw)")
     attack.add_argument("--attack-steps", type=common.number(int, 0), default=None, metavar="N",
-                        help="(default: 10; 5 for template; 50 a round for cw)")
+                        help="(default: 10; 5 for template; 50 a round for cw; 200 for square)")
     attack.add_argument("--restarts", type=common.number(int, 1), default=1,
                         help="keep the best of so many, image by image")
     attack.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
@@ -620,12 +1086,15 @@ def parse_args(argv=None):
                              "concat, mean, member_1 ..., and no undefended rows")
     output.add_argument("--metrics", nargs="+", default=None, metavar="NAME",
                         choices=("R@1", "R@2", "R@4", "R@8", "R@10", "R@20", "R@100", "R@1000",
-                                 "mAP@R", "NMI", "AMI", "F1", "success", "min_eps_255",
+                                 "mAP@R", "NMI", "AMI", "F1", "success", "min_eps_255", "R@1_free",
+                                 "mAP@R_free", "AMI_free", "bound", "R@1_attacked",
+                                 "R@1_untouched", "AMI_attacked", "AMI_untouched",
                                  *common.ERS_FIGURES),
-                        help="the columns of --table: R@1 mAP@R ...")
+                        help="the columns of --table: R@1 mAP@R ...; R@1_free: of worst, under the "
+                             "label-free attacks alone")
     output.add_argument("--beside", default=None, metavar="FILE",
-                        help="a CSV of published figures, whose first column names rows of --table: "
-                             "its other columns stand beside them")
+                        help="a CSV of published figures, whose first column names rows of "
+                             "--table: its other columns stand beside them")
     output.add_argument("--figures", default=None, metavar="DIR",
                         help="draw embeddings before and after the first attack, and the curves of "
                              "--eval-every, if there are any (needs matplotlib)")
@@ -658,9 +1127,9 @@ def attacks_of(args, seed):
     if args.ers_variant == "authors":
         objectives = ["ers-authors"]
     return [common.Attack(args.protocol, name, objective, eps, args.step_size, args.attack_steps,
-                          args.restarts, args.random_start, of_attack)
-            for objective in objectives for name in names for eps in args.eps or [None]
-            for of_attack in args.seed or [seed]]
+                          args.restarts, args.random_start, of_attack, args.against, share)
+            for share in args.attacker_share for objective in objectives for name in names
+            for eps in args.eps or [None] for of_attack in args.seed or [seed]]
 
 
 def inference_rule(text):
@@ -687,6 +1156,11 @@ def main(args):
     device = common.pick_device(args.device, args.deterministic)
     if args.figures:
         pyplot()                                                          # installed?
+        first = attacks_of(args, 0)[0]
+        if (first.objective in ("worst", "pal-pseudo") or first.protocol == "ers"
+                or first.against != "sum"):
+            raise UserError(f"--figures draws the first attack on the first network, which {first} "
+                            f"does not have: name another one first or drop --figures")
     rows, report = [], []
     for run, checkpoint in zip(runs, checkpoints):
         outcome = outcome_of(run, checkpoint, args, device)
@@ -743,7 +1217,8 @@ def outcome_of(run, checkpoint, args, device):
         if results and not same_images(results["clean"], outcome["robust"][0]):
             for entry in outcome["robust"]:                    # what it compares with
                 entry["clean"] = outcome["clean"]["by_rule"].get(entry["rule"], {})
-        measured = [common.entries_of(outcome["robust"], attack) for attack in missing]
+        measured = [common.entries_of(outcome["robust"], attack, amp=args.amp)
+                    for attack in missing]
         if results is not None and not args.dry_run:
             same = [entry for attack in missing for entry in common.entries_of(
                 results["robust"], attack, outcome["clean"]["n_queries"], args.amp)]
@@ -878,8 +1353,8 @@ def table_markdown(content):
     columns = [(side, attack, metric) for side, attack in sides for metric in dict.fromkeys(
         metric for row in rows if side == "clean" or row.get("attack", "") == attack
         for metric in row[side])
-        if metric in (wanted or ("mAP@R", "NMI", "AMI", "F1", "R@1", "R@8", "R@10", "success",
-                                 "min_eps_255", *common.ERS_FIGURES))]
+        if metric in (wanted or ("mAP@R", "NMI", "AMI", "F1", "R@1", "R@8", "R@10",
+                                 *common.FURTHER_FIGURES))]
     heads = [" ".join(filter(None, [attack or side, common.metric_name(metric)]))
              for side, attack, metric in columns]
     published = list(dict.fromkeys(column for row in rows for column in row.get("beside", {})))
@@ -945,12 +1420,15 @@ def known_entries(robust, attack, args):
 def evaluate_run(checkpoint, flags, attacks, args, device):
     """{"clean", "robust", "warnings"} of a run's members on the images it reports on."""
     members, test = open_run(checkpoint, flags, args, device)
-    passes = len(test) * len(members) * (2 + sum(passes_of(attack) for attack in attacks))
+    proxies = [own.to(device) for own in checkpoint["proxies"]] or None
+    passes = len(test) * len(members) * (2 + sum(
+        passes_of(attack, len(members), bool(proxies)) for attack in attacks))
     print(f"{flags.dataset}: {len(test)} images, {len(members)} networks, "
           f"{', '.join(map(str, attacks))}: at most {passes:,} passes", flush=True)
     clean, robust, alerts = common.evaluate_set(
         members, test, attacks, batch_size=args.batch_size, workers=args.workers, device=device,
-        ks=common.KS.get(flags.dataset, (1, 2, 4, 8)), seed=flags.seed, entries=attack_entries)
+        ks=common.KS.get(flags.dataset, (1, 2, 4, 8)), seed=flags.seed,
+        entries=lambda retrieval, attack: attack_entries(retrieval, attack, proxies))
     return {"clean": clean, "robust": robust, "warnings": alerts}
 
 
@@ -968,15 +1446,21 @@ def open_run(checkpoint, flags, args, device):
     return members, test
 
 
-def passes_of(attack):
+def passes_of(attack, count=1, proxies=False):
     """Forward and backward passes per image and network, at most."""
+    if attack.objective == "worst":
+        return sum(passes_of(part) for _, part in worst_parts(attack, count, proxies))
+    if attack.objective.startswith("joint"):
+        return 3 * attack.steps
+    if attack.attack == "square":
+        return attack.steps + 1
     if attack.attack == "cw":
         return CW_ROUNDS * (3 * attack.steps + 1)
     if attack.protocol == "ers":
         return 9 * 2 * attack.steps
     if attack.attack == "min-eps":
         return (HALVINGS + 1) * (2 * attack.steps + 1)
-    return 2 * attack.steps * attack.restarts
+    return 2 * (attack.steps + 2 * (attack.attack == "strong-1")) * attack.restarts
 
 
 # ---- figures
@@ -1048,10 +1532,10 @@ def draw_embeddings(before, after, model, test, attack, args, device):
     retrieval = common.Retrieval(
         [model], lambda: common.load_batches(part, rows, augment=False, device=device),
         part.labels.to(device))
-    (attacked,), _ = common.attacked_embeddings(retrieval, attack, *plan(retrieval, attack)[:2])
+    (moved,), *_ = attacked(retrieval, attack)
     clean, flat = retrieval.clean[0], retrieval.clean[0].shape[1] == 2
     axes = torch.eye(2) if flat else torch.linalg.svd(clean.cpu() - clean.cpu().mean(0))[2][:2]
-    for axis, embeddings in ((before, clean), (after, attacked)):
+    for axis, embeddings in ((before, clean), (after, moved)):
         points, angle = embeddings.cpu() @ axes.T, np.linspace(0, 2 * np.pi, 200)
         if flat:
             axis.plot(np.cos(angle), np.sin(angle), color="0.8", zorder=0)

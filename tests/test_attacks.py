@@ -7,6 +7,7 @@ radius a linear objective w.x + b, whose smallest l_inf change is |w.x + b| / |w
 import itertools
 import json
 import statistics
+import time
 from collections import Counter
 
 import pytest
@@ -712,10 +713,14 @@ def test_the_entry_of_an_attack_is_what_made_it():
     assert entry == {"protocol": "template", "attack": "cw", "objective": "targeted-nearest",
                      "norm": "linf", "eps": 0.1, "eps_255": pytest.approx(25.5), "step": 0.02,
                      "step_255": pytest.approx(5.1), "steps": 7, "restarts": 1,
-                     "random_start": False, "seed": 4}
-    assert Attack(**{name: entry[name] for name in ("protocol", "attack", "objective", "eps",
-                                                    "steps", "restarts", "random_start", "seed")},
-                  step_size=entry["step"]).entry() == entry
+                     "random_start": False, "seed": 4, "against": "sum", "attacker_share": 100.0}
+    one = Attack("clustering", "pgd", "joint", 0.1, 0.02, 7, seed=4, against="concat",
+                 attacker_share=25).entry()
+    assert one["against"] == "concat" and one["attacker_share"] == 25
+    for own in (entry, one):
+        assert Attack(**{name: own[name] for name in (
+            "protocol", "attack", "objective", "eps", "steps", "restarts", "random_start", "seed",
+            "against", "attacker_share")}, step_size=own["step"]).entry() == own
 
 
 @pytest.mark.parametrize("attack, step", [("cw", 0.004), ("pgd", 0.01), ("min-eps", 0.01)])
@@ -742,7 +747,7 @@ def test_no_attack_takes_more_passes_than_are_announced(arguments):
         assert model.passes >= evaluator.passes_of(attack)
 
 
-# ---- craft and extra of common.attack_entries
+# ---- craft of common.attacked_embeddings, more of common.scored_entries
 
 
 def test_a_craft_of_ones_own_is_called_and_its_images_are_scored():
@@ -754,7 +759,8 @@ def test_a_craft_of_ones_own_is_called_and_its_images_are_scored():
         calls.append((tuple(objective(batch).shape), batch, rows))
         return (batch + 0.2).clamp(0, 1)
 
-    (entry,) = common.attack_entries(retrieval, attack, craft=craft)
+    embeddings, gallery = common.attacked_embeddings(retrieval, attack, craft=craft)
+    (entry,) = common.scored_entries(retrieval, attack, embeddings, gallery, time.perf_counter())
     ((shape, batch, rows),) = calls
     assert shape == (24,) and torch.equal(batch, images) and rows.tolist() == list(range(24))
     moved = retrieval.models[0]((images + 0.2).clamp(0, 1)).detach()
@@ -791,21 +797,39 @@ def test_of_several_restarts_of_a_craft_the_highest_objective_is_kept():
     assert torch.allclose(moved, wanted, atol=1e-6)
 
 
-def test_what_extra_says_of_a_rule_stands_in_its_entry_alone():
+def test_what_more_there_is_of_a_rule_stands_in_its_entry_alone():
     retrieval, _ = noisy_retrieval(2)
     attack = Attack("template", objective="shift")
-    seen = []
-
-    def extra(embeddings):
-        seen.append(embeddings)
-        return {"vote": {"luck": 0.5}, "concat": {"luck": 0.25, "R@1": 9.0}}
-
-    entries = {entry["rule"]: entry for entry in
-               common.attack_entries(retrieval, attack, extra=extra)}
+    embeddings, gallery = common.attacked_embeddings(retrieval, attack)
+    more = {"vote": {"luck": 0.5}, "concat": {"luck": 0.25, "R@1": 9.0}}
+    entries = {entry["rule"]: entry for entry in common.scored_entries(
+        retrieval, attack, embeddings, gallery, time.perf_counter(), more)}
     plain = {entry["rule"]: entry for entry in common.attack_entries(retrieval, attack)}
     assert {rule: entry.get("luck") for rule, entry in entries.items()} == {
         **dict.fromkeys(plain), "vote": 0.5, "concat": 0.25}
     assert entries["concat"]["R@1"] == 9.0 and entries["mean"]["R@1"] == plain["mean"]["R@1"]
+    assert all({**entry, "seconds": 0} == {**plain[rule], "seconds": 0}
+               for rule, entry in entries.items() if rule not in more)
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_what_a_plan_says_of_the_attacked_embeddings_stands_in_the_entries(targeted, monkeypatch):
+    retrieval, _ = noisy_retrieval(2)
+    attack = Attack("template", objective="targeted-nearest" if targeted else "shift")
+    plan, seen = evaluator.plan, []
+
+    def with_luck(*arguments):
+        aim, craft, extra = plan(*arguments)
+
+        def lucky(embeddings):
+            seen.append(embeddings)
+            return {**extra(embeddings), "vote": {"luck": 0.5}}
+        return aim, craft, lucky
+
+    monkeypatch.setattr(evaluator, "plan", with_luck)
+    entries = {entry["rule"]: entry for entry in evaluator.attack_entries(retrieval, attack)}
+    assert {rule for rule, entry in entries.items() if "luck" in entry} == {"vote"}
+    assert ("success" in entries["mean"]) == targeted
     (embeddings,) = seen
     assert len(embeddings) == 2 and not torch.equal(embeddings[0], retrieval.clean[0])
 

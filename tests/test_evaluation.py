@@ -23,7 +23,7 @@ RETRIEVAL = ("R@1", "R@2", "R@4", "R@8", "mAP@R")
 CLUSTERING = ("NMI", "AMI", "F1")
 SCORES = {*RETRIEVAL, *CLUSTERING, "NMI_chance", "n_queries", "n_singletons"}
 ATTACK = {"protocol", "attack", "objective", "norm", "eps", "eps_255", "step", "step_255", "steps",
-          "restarts", "random_start", "seed"}
+          "restarts", "random_start", "seed", "against", "attacker_share"}
 SHORT = {"steps": 3, "eps": 0.05}
 NEIGHBOUR = {"protocol": "template", "objective": "neighbour"}
 
@@ -106,6 +106,7 @@ def test_the_result_has_the_documented_keys(protocol):
     assert entry["eps"] == 0.05 and entry["eps_255"] == pytest.approx(0.05 * 255)
     assert entry["step"] == pytest.approx(0.0125) and entry["steps"] == 3       # step: eps / 4
     assert (entry["NMI"] is None) == (protocol == "template")
+    assert entry["against"] == "sum" and entry["attacker_share"] == 100
     json.dumps(result)
     assert all(0 <= entry[name] <= 1 for name in RETRIEVAL)
 

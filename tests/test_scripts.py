@@ -757,6 +757,10 @@ def test_eval_writes_json(finished, tmp_path, fails):
     evaluate(finished, "--attack-steps", "1", "--workers", "0", "--json", tmp_path / "all.json")
     content = json.loads((tmp_path / "all.json").read_text())
     assert content[0]["run"] == "finished" and len(content[0]["robust"]) == 6
+    for _ in range(2):                           # measured, then read back
+        evaluate(finished, "--amp", *HERE, "--json", tmp_path / "amp.json")
+        content = json.loads((tmp_path / "amp.json").read_text())
+        assert [entry["amp"] for entry in content[0]["robust"]] == [True] * 6
     fails(2, ["--json"], evaluator, finished, "--json", tmp_path / "no" / "all.json")
 
 
