@@ -1629,7 +1629,7 @@ def _vote_scores(embeddings, labels, ks, clusters, gallery, gallery_labels, assi
                      cluster_vote_rule(len(labels), clusters)}
 
 
-ATTACKS = ("pgd", "fgsm", "cw", "min-eps", "square", "strong-1")
+ATTACKS = ("pgd", "fgsm", "cw", "min-eps", "square", "curve", "strong-1")
 BOTH = ("push-mean", "target-other", "nearest", "impostor", "impostor@K", "soft-impostor", "decoy",
         "pal-pseudo", "worst")
 # those of each protocol, its default first
@@ -1640,8 +1640,8 @@ OBJECTIVES = {"clustering": ("shift", *BOTH, "joint", "joint-pseudo"),
 # Zhou & Patel's, on their own scales: percent, TMA a cosine, ES:D a distance.
 ERS_FIGURES = ("CA+", "CA-", "QA+", "QA-", "TMA", "ES:D", "ES:R", "LTM", "GTM", "GTT", "ERS")
 # Beside Recall@K, mAP@R and the clusterings.
-FURTHER_FIGURES = ("success", "min_eps_255", "R@1_free", "bound", "R@1_attacked", "R@1_untouched",
-                   "AMI_attacked", "AMI_untouched", *ERS_FIGURES)
+FURTHER_FIGURES = ("success", "min_eps_255", "eps50_255", "R@1_free", "bound", "R@1_attacked",
+                   "R@1_untouched", "AMI_attacked", "AMI_untouched", *ERS_FIGURES)
 
 
 class Attack:
@@ -1662,7 +1662,8 @@ class Attack:
     image, unless the objective measures the distance to that. cw: Carlini & Wagner; steps (50) of
     Adam at learning rate step_size (eps / 10), projected to eps. min-eps: the smallest radius up to
     eps (32 / 255).
-    square: steps (200) forward passes, no gradient. strong: the frozen recipe strong-1, 20 steps
+    square: steps (200) forward passes, no gradient. curve: pgd at growing radii up to eps (64/255);
+    where Recall@1 is half of its clean value. strong: the frozen recipe strong-1, 20 steps
     of eps / 4, halved twice, the best iterate of two starts; only eps and seed can be given.
     """
 
@@ -1671,8 +1672,9 @@ class Attack:
                  attacker_share=100.0):
         template, known = protocol == "template", OBJECTIVES.get(protocol, ())
         attack = "strong-1" if attack == "strong" else attack
-        objective = objective or {"strong-1": "worst", "square": "impostor"}.get(
-            attack, next(iter(known), None))
+        objective = objective or {
+            "strong-1": "worst", "square": "impostor", "curve": "impostor" if template else "joint"
+        }.get(attack, next(iter(known), None))
         for what, value, choice in (("protocol", protocol, PROTOCOLS), ("attack", attack, ATTACKS)):
             if value not in choice:
                 raise UserError(f"unknown {what} {value!r}: choose one of {', '.join(choice)}")
@@ -1681,7 +1683,8 @@ class Attack:
             raise UserError(f"{attack} with the objective {objective!r} is not part of --protocol "
                             f"{protocol}: it has {', '.join(known)}"
                             f"{'' if template else '; template has cw and min-eps'}")
-        if objective.startswith(("joint", "worst")) and attack not in ("pgd", "strong-1"):
+        if attack not in ("pgd", "strong-1") and (
+                objective == "worst" or objective.startswith("joint") and attack != "curve"):
             raise UserError(f"the objective {objective} is attacked with pgd or strong: found "
                             f"{attack}")
         if attack == "strong-1" and not (step_size is steps is None and restarts == 1
@@ -1711,14 +1714,15 @@ class Attack:
             steps, random_start = 32 if steps is None else steps, False
             step_size = 3 / 8 * eps if step_size is None else step_size
         if eps is None:
-            eps = 32 / 255 if attack == "min-eps" else 0.01 if template else 8 / 255
+            eps = {"min-eps": 32 / 255, "curve": 64 / 255}.get(attack,
+                                                               0.01 if template else 8 / 255)
         if attack == "strong-1":
             steps, step_size = 20, eps / 4
         if steps is None:
-            steps = {"cw": 50, "square": 200}.get(attack, 5 if template else 10)
+            steps = {"cw": 50, "square": 200, "curve": 10}.get(attack, 5 if template else 10)
         if step_size is None:
             step_size = eps / 10 if attack == "cw" else \
-                2 * eps / max(steps, 1) if template else eps / 4
+                2 * eps / max(steps, 1) if template and attack != "curve" else eps / 4
         own = objective in ("shift", "self")         # no gradient at the clean image
         if attack == "fgsm":
             steps, step_size, random_start = 1, eps, random_start and own
@@ -1755,10 +1759,11 @@ class Attack:
         """Protocol, objective, attack and radius, to be read."""
         name = {"pgd": f"PGD-{self.steps}", "fgsm": "FGSM", "cw": f"C&W-{self.steps}",
                 "min-eps": f"smallest eps, PGD-{self.steps}", "square": f"Square-{self.steps}",
-                "strong-1": "strong-1"}[self.attack]
+                "curve": f"curve of PGD-{self.steps}", "strong-1": "strong-1"}[self.attack]
         if self.attacker_share < 100:
             name += f" on {self.attacker_share:g} % of the images"
-        radius = f"{'up to' if self.attack == 'min-eps' else 'eps'} {self.eps * 255:.3g}/255"
+        radius = "up to" if self.attack in ("min-eps", "curve") else "eps"
+        radius += f" {self.eps * 255:.3g}/255"
         objective = {"ers": "ERS", "ers-authors": "ERS(authors)"}.get(self.objective,
                                                                       self.objective)
         objective += f" against {self.against}" if self.against != "sum" else ""
@@ -2561,13 +2566,14 @@ def format_table(rows: list[dict]) -> str:
 def metric_name(metric: str) -> str:
     """The head of its column."""
     metric, _, of = metric.partition("_")
-    return {"min": "eps/255", "bound": "bound R@1"}.get(metric, metric) if of in ("", "eps_255") \
+    return {"min": "eps/255", "bound": "bound R@1"}.get(metric, metric) \
+        if of in ("", "eps_255", "255") \
         else f"{metric} {'label-free' if of == 'free' else of}"
 
 
 def cell(metric: str, value: float) -> str:
     """A score in percent; radii in 1/255, the figures of ERS as they are."""
-    if metric in ("min_eps_255", "TMA", "ES:D"):
+    if metric in ("min_eps_255", "eps50_255", "TMA", "ES:D"):
         return f"{value:.2f}"
     return f"{value:.1f}" if metric in ERS_FIGURES else f"{100 * value:.1f}"
 

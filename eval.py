@@ -153,6 +153,8 @@ def attack_entries(retrieval, attack, proxies=None):
         return [ers_entry(retrieval, attack)]
     if attack.objective == "worst":
         return worst_entries(retrieval, attack, proxies)
+    if attack.attack == "curve":
+        return curve_entries(retrieval, attack, proxies)
     started = time.perf_counter()
     embeddings, gallery, more = attacked(retrieval, attack, proxies)
     return common.scored_entries(retrieval, attack, embeddings, gallery, started, more)
@@ -614,6 +616,45 @@ def worst_parts(attack, count, proxies):
     return parts
 
 
+RADII = (1, 2, 4, 8, 16, 32, 64, 128, 255)                                   # in 1/255
+
+
+def curve_entries(retrieval, attack, proxies=None):
+    """Recall@1 at growing radii, as entries: curve, {radius in 1/255: Recall@1}, and eps50_255, the
+    radius at which it is half of its clean value. Ends where every rule is below that, or at eps.
+    """
+    started, last = time.perf_counter(), attack.eps * 255
+    scores = retrieval.scores(retrieval.clean, retrieval.gallery or (
+        retrieval.clean if attack.protocol == "template" else None), attack.seed, clustering=False)
+    curves = {rule: {0: own["R@1"]} for rule, own in scores.items()}
+    for radius in [*(radius for radius in RADII if radius < last - 1e-6), last]:
+        part = common.Attack(attack.protocol, "pgd", attack.objective, radius / 255,
+                             attack.step_size * radius / last, attack.steps, attack.restarts,
+                             attack.random_start, attack.seed, attack.against)
+        embeddings, gallery, _ = attacked(retrieval, part, proxies)
+        scores = retrieval.scores(embeddings, gallery, attack.seed, clustering=False)
+        for rule, own in scores.items():
+            curves[rule][radius] = own["R@1"]
+        if all(half_radius(curve) is not None for curve in curves.values()):
+            break
+    amp = any(getattr(model, "amp", False) for model in retrieval.models)
+    seconds = round(time.perf_counter() - started, 3)
+    return [{"rule": rule, **attack.entry(), "amp": amp, "limited": retrieval.limited,
+             "seconds": seconds, **scores[rule], "eps50_255": half_radius(curve), "curve": curve}
+            for rule, curve in curves.items()]
+
+
+def half_radius(curve):
+    """The radius at which a curve {radius: Recall@1} is half of its first value, on straight lines
+    between its points; None: never."""
+    points = sorted(curve.items())
+    for (low, above), (high, below) in itertools.pairwise(points):
+        half = points[0][1] / 2
+        if below <= half:
+            return float(low + (high - low) * (above - half) / max(above - below, 1e-12))
+    return None
+
+
 def per_query(retrieval, embeddings, gallery):
     """{rule: (hit at rank 1 (n,) bool, AP@R (n,))} of the rules that rank candidates."""
     labels = retrieval.labels
@@ -1004,10 +1045,12 @@ def parse_args(argv=None):
                         help="a run's folder, a checkpoint, or a quoted pattern of them")
     attack = parser.add_argument_group("attack")
     attack.add_argument("--protocol", choices=common.PROTOCOLS, default="clustering")
-    attack.add_argument("--attack", choices=("pgd", "fgsm", "cw", "square", "strong"), nargs="+",
-                        default=None, help="cw: Carlini & Wagner, template only; square: Square "
-                        "Attack, no gradients; strong: the frozen recipe strong-1, the worst of "
-                        "many attacks (default: pgd)")
+    attack.add_argument("--attack", choices=("pgd", "fgsm", "cw", "square", "curve", "strong"),
+                        nargs="+", default=None,
+                        help="cw: Carlini & Wagner, template only; square: Square Attack, no "
+                             "gradients; curve: pgd at growing radii up to --eps, and eps50, the "
+                             "radius that halves Recall@1; strong: the frozen recipe strong-1, the "
+                             "worst of many attacks (default: pgd)")
     attack.add_argument("--min-eps", action="store_true",
                         help="template: the smallest radius up to --eps at which PGD succeeds, by "
                              "bisection; its median (beside --attack, if given)")
@@ -1430,6 +1473,8 @@ def passes_of(attack, count=1, proxies=False):
         return 3 * attack.steps
     if attack.attack == "square":
         return attack.steps
+    if attack.attack == "curve":
+        return len(RADII) * 3 * attack.steps * attack.restarts
     if attack.attack == "cw":
         return CW_ROUNDS * (3 * attack.steps + 1)
     if attack.protocol == "ers":
