@@ -1719,16 +1719,19 @@ class Retrieval:
     iterator of (images, labels, rows) in order; labels (n,) of all of them. gallery_batches,
     gallery_labels: the set in which queries are looked up, when it is another. limited: this is a
     subset. clean, gallery: [(n, D)], one per model, gallery None where queries look each other up.
-    names: the labels of the candidates.
+    names: the labels of the candidates. seconds: what embedding them took. by_rule: their scores,
+    from `evaluate`. attacked: (embeddings, gallery) of the latest of `attack_entries`.
     """
 
     def __init__(self, models, batches, labels, *, ks=(1, 2, 4, 8), gallery_batches=None,
                  gallery_labels=None, limited=False):
         self.models, self.batches, self.labels, self.ks = models, batches, labels, ks
         self.gallery_batches, self.gallery_labels = gallery_batches, gallery_labels
-        self.limited = limited
+        self.limited, self.by_rule, self.attacked = limited, None, None
+        started = time.perf_counter()
         self.clean = embed(models, batches())
         self.gallery = None if gallery_batches is None else embed(models, gallery_batches())
+        self.seconds = time.perf_counter() - started
         self.names = labels if gallery_labels is None else gallery_labels
 
     def scores(self, embeddings, gallery, seed, clustering=True):
@@ -1767,7 +1770,7 @@ def attack_entries(retrieval, attack, aim=None, craft=None, extra=None) -> list[
     aim, craft: as in attacked_embeddings. extra(embeddings): {rule: more scores of it}.
     """
     started = time.perf_counter()
-    embeddings, gallery = attacked_embeddings(retrieval, attack, aim, craft)
+    retrieval.attacked = embeddings, gallery = attacked_embeddings(retrieval, attack, aim, craft)
     scores = retrieval.scores(embeddings, gallery, attack.seed,
                               clustering=attack.protocol != "template")
     more = extra(embeddings) if extra else {}
@@ -1783,12 +1786,13 @@ def evaluate(models, batches, labels, attacks, *, ks=(1, 2, 4, 8), seed=0, galle
     """Clean and attacked scores of one model or an ensemble: (clean, robust, warnings).
 
     models ... limited: as in Retrieval. attacks: [Attack]. seed: of k-means on clean embeddings.
-    entries(retrieval, attack): what makes the entries; eval.py has one that knows more attacks.
+    entries(retrieval, attack): what makes the entries; eval.py has one that knows more attacks
+    and stores them as they come.
     """
     retrieval = Retrieval(models, batches, labels, ks=ks, gallery_batches=gallery_batches,
                           gallery_labels=gallery_labels, limited=limited)
     rule = "vote" if len(models) > 1 else "member_1"                      # the headline
-    scores = retrieval.scores(retrieval.clean, retrieval.gallery, seed)
+    scores = retrieval.by_rule = retrieval.scores(retrieval.clean, retrieval.gallery, seed)
     alerts = []
     for i, own in enumerate(retrieval.clean):
         cosine = mean_cosine(own)

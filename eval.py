@@ -732,33 +732,42 @@ def main(args):
 
 def outcome_of(run, checkpoint, args, device):
     """{"clean", "found": [(attack, entries)], "warnings", "undefended"} of a run: what its
-    results.json has already is read, the rest is measured and stored there."""
+    results.json has already is read, the rest is measured and stored there, attack by attack."""
     flags = argparse.Namespace(**checkpoint["args"])
     attacks, results = attacks_of(args, flags.seed), stored_results(run, checkpoint)
     fresh = args.overwrite or args.dry_run or not results
     known = [[] if fresh else known_entries(results["robust"], attack, args) for attack in attacks]
     missing = [attack for attack, entries in zip(attacks, known) if not entries]
+    measured = []
+
+    def done(retrieval, attack, entries):
+        if results and not same_images(results["clean"], entries[0]):
+            for entry in entries:                              # what it compares with
+                entry["clean"] = retrieval.by_rule.get(entry["rule"], {})
+        if results and not args.dry_run:
+            store_entries(Path(run) / "results.json", attack, entries, args)
+        measured.append(entries)
+
     if missing:
-        outcome = evaluate_run(checkpoint, flags, missing, args, device)
-        if results and not same_images(results["clean"], outcome["robust"][0]):
-            for entry in outcome["robust"]:                    # what it compares with
-                entry["clean"] = outcome["clean"]["by_rule"].get(entry["rule"], {})
-        measured = [common.entries_of(outcome["robust"], attack) for attack in missing]
-        if results is not None and not args.dry_run:
-            same = [entry for attack in missing for entry in common.entries_of(
-                results["robust"], attack, outcome["clean"]["n_queries"], args.amp)]
-            results["robust"] = [entry for entry in results["robust"]
-                                 if entry not in same] + outcome["robust"]
-            common.write_atomic(Path(run) / "results.json", json.dumps(results, indent=1).encode())
-        clean, alerts = outcome["clean"], outcome["warnings"]
+        clean, alerts = evaluate_run(checkpoint, flags, missing, args, device, done)
     else:
-        measured, clean, alerts = [], results["clean"], results["warnings"]
+        clean, alerts = results["clean"], results["warnings"]
         if not same_images(clean, known[0][0]):
             clean = {**clean, "by_rule": {entry["rule"]: entry.get("clean", {})
                                           for entry in known[0]}}
     rest = iter(measured)
     return {"clean": clean, "warnings": alerts, "undefended": (results or {}).get("undefended"),
             "found": [(attack, entries or next(rest)) for attack, entries in zip(attacks, known)]}
+
+
+def store_entries(path, attack, entries, args):
+    """Add an attack's entries to results.json as it is now: others may have added to it."""
+    results = common.read_json(path)
+    same = common.entries_of(results["robust"], attack, entries[0]["n_queries"], args.amp)
+    if args.overwrite or not same:
+        kept = [entry for entry in results["robust"] if entry not in same]
+        results["robust"] = kept + entries
+        common.write_atomic(path, json.dumps(results, indent=1).encode())
 
 
 def same_images(clean, entry):
@@ -942,16 +951,36 @@ def known_entries(robust, attack, args):
                 else not limit or entry["n_queries"] <= limit)]
 
 
-def evaluate_run(checkpoint, flags, attacks, args, device):
-    """{"clean", "robust", "warnings"} of a run's members on the images it reports on."""
+def evaluate_run(checkpoint, flags, attacks, args, device, done):
+    """(clean, warnings) of a run's members on the images it reports on; every attack's entries go
+    to done(retrieval, attack, entries) as soon as it is finished."""
     members, test = open_run(checkpoint, flags, args, device)
-    passes = len(test) * len(members) * (2 + sum(passes_of(attack) for attack in attacks))
+    passes = [1, *(1 + passes_of(attack) for attack in attacks)]         # the clean images' first
     print(f"{flags.dataset}: {len(test)} images, {len(members)} networks, "
-          f"{', '.join(map(str, attacks))}: at most {passes:,} passes", flush=True)
-    clean, robust, alerts = common.evaluate_set(
+          f"{', '.join(map(str, attacks))}: at most {len(test) * len(members) * sum(passes):,} "
+          f"passes", flush=True)
+    spent = [0.0]                                    # seconds for each of `passes` so far
+
+    def entries(retrieval, attack):
+        spent[0], number = retrieval.seconds, len(spent)
+        left = sum(spent) / sum(passes[:number]) * sum(passes[number:])
+        print(f"attack {number} of {len(attacks)}, about {duration(left)} left", flush=True)
+        found = attack_entries(retrieval, attack)
+        spent.append(found[0]["seconds"])
+        done(retrieval, attack, found)
+        return found
+
+    clean, _, alerts = common.evaluate_set(
         members, test, attacks, batch_size=args.batch_size, workers=args.workers, device=device,
-        ks=common.KS.get(flags.dataset, (1, 2, 4, 8)), seed=flags.seed, entries=attack_entries)
-    return {"clean": clean, "robust": robust, "warnings": alerts}
+        ks=common.KS.get(flags.dataset, (1, 2, 4, 8)), seed=flags.seed, entries=entries)
+    return clean, alerts
+
+
+def duration(seconds):
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def open_run(checkpoint, flags, args, device):
