@@ -9,12 +9,14 @@
     python eval.py runs/* --protocol template --eps 0.05    # one table over all runs
     python eval.py runs/* --protocol template --attack pgd fgsm cw --eps 0.01 0.05 --seed 0 1 2
     python eval.py runs/eat-glyphs-* --table results/eat-glyphs    # mean and std over seeds
+    python eval.py --arch resnet18 --weights net.pt --dataset cub  # a network without a run
     from eval import evaluate_robustness                    # your own model: README
 
 Protocols: "clustering" attacks every image and compares attacked images (Ke, arXiv 2501.01025);
 "template" attacks queries against a clean gallery (Algorithm 1 of Panum et al., arXiv 2102.07265);
 "ers" is the Empirical Robustness Score, ten figures of nine attacks (Zhou & Patel, CVPR 2022).
-A run's folder gets its new entries in results.json; one that is there already is read back.
+A run's folder gets its new entries in results.json, each as soon as its attack is finished; one
+that is there already is read back.
 """
 
 import argparse
@@ -563,9 +565,13 @@ def ers_targets(retrieval, seed):
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN",
+    parser.add_argument("runs", nargs="*", metavar="RUN",
                         help="a run's folder, a checkpoint, or a quoted pattern of them")
     attack = parser.add_argument_group("attack")
+    network = parser.add_argument_group(
+        "network", "in place of a RUN. FILE may be a state dict of build_model, which has the "
+                   "embedding\nlayer; with other weights that layer is random")
+    common.network_flags(network, network)
     attack.add_argument("--protocol", choices=common.PROTOCOLS, default="clustering")
     attack.add_argument("--attack", choices=("pgd", "fgsm", "cw"), nargs="+", default=None,
                         help="cw: Carlini & Wagner, template only (default: pgd)")
@@ -595,9 +601,10 @@ def parse_args(argv=None):
                         help="start uniformly in the ball")
     attack.add_argument("--seed", type=common.number(int, 0, 2**32 - 1), nargs="+", default=None,
                         help="of the attack; with several, tables show their mean (default: the "
-                             "run's)")
+                             "run's; 0 without RUN)")
     data = parser.add_argument_group("data and machine")
-    data.add_argument("--data-root", default=None, help="(default: the run's)")
+    data.add_argument("--data-root", default=None,
+                      help="(default: the run's; without RUN DATA_ROOT or data)")
     data.add_argument("--cache-gb", type=common.number(float, 0), default=4.0,
                       help="decode images once when they fit in this memory")
     data.add_argument("--limit-queries", type=common.number(int, 0), default=0, metavar="N",
@@ -632,7 +639,18 @@ def parse_args(argv=None):
     output.add_argument("--overwrite", action="store_true",
                         help="attack again where results.json has the entry")
     output.add_argument("--dry-run", action="store_true", help="one batch; writes nothing")
-    args = parser.parse_args(argv)
+    defaults = {action.dest: action.default for action in network._group_actions}
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults)))
+    given = {name: value for name in defaults if (value := getattr(args, name)) is not None}
+    if args.runs and given:
+        parser.error(f"--{next(iter(given)).replace('_', '-')} describes a network without a run: "
+                     f"drop it or {args.runs[0]}")
+    if not args.runs and not given:
+        parser.error("give a RUN, or a network with --arch, --weights and --dataset")
+    if given.get("dataset", defaults["dataset"]) in common.GENERATED:
+        defaults["image_size"] = 32
+    args.network = argparse.Namespace(**defaults | given)
+    common.network_defaults(args.network)
     if args.into and not args.table:
         parser.error("--into FILE needs --table NAME")
     for flag in ("metrics", "beside"):
@@ -684,9 +702,13 @@ def main(args):
     checkpoints = [common.load_checkpoint(run) for run in runs]           # all, before any work
     if not runs:
         raise UserError("no run has a checkpoint yet: wait for its first epoch")
+    attacks = attacks_of(args, 0)
     device = common.pick_device(args.device, args.deterministic)
     if args.figures:
         pyplot()                                                          # installed?
+    if not args.runs:
+        label, checkpoint = network_of(args)
+        runs, checkpoints = [label], [checkpoint]
     rows, report = [], []
     for run, checkpoint in zip(runs, checkpoints):
         outcome = outcome_of(run, checkpoint, args, device)
@@ -700,11 +722,11 @@ def main(args):
             own += rows_of(undefended["clean"], [pair for pair in known if pair[1]], name)
         rows += own
         report.append({"run": label, "flags": checkpoint["args"], "rows": own,
-                       "clean": outcome["clean"], "warnings": outcome["warnings"],
+                       "clean": outcome["clean"],
+                       "warnings": checkpoint.get("warnings", []) + outcome["warnings"],
                        "robust": [entry for _, found in outcome["found"] for entry in found]})
     if not rows:
         raise UserError(f"--rules {' '.join(args.rules)}: no run has them; drop --rules to see all")
-    attacks = attacks_of(args, 0)
     title, words = title_of(attacks)
     title += f", a fixed subset of {args.limit_queries} images" if args.limit_queries else ""
     title += ", bfloat16" if args.amp else ""
@@ -738,6 +760,24 @@ def outcome_of(run, checkpoint, args, device):
     fresh = args.overwrite or args.dry_run or not results
     known = [[] if fresh else known_entries(results["robust"], attack, args) for attack in attacks]
     missing = [attack for attack, entries in zip(attacks, known) if not entries]
+def network_of(args):
+    """(label, checkpoint) of the network that the flags describe, as if a run had saved it."""
+    flags, state = args.network, {}
+    flags.data_root = args.data_root or os.environ.get("DATA_ROOT", "data")
+    flags.seed, flags.val_classes = (args.seed or [0])[0], 0
+    flags.batch_size = 1                             # of training: there is none
+    if flags.weights not in ("imagenet", "none"):
+        state = common.pretrained(flags.arch, flags.weights)
+    whole = "head.weight" in state
+    model = common.new_member(flags, "cpu", weights="none" if whole else None)
+    if whole:
+        common.load_weights(model, state, flags.arch, flags.weights)
+    alerts = [] if whole else [f"the embedding layer is random: --weights {flags.weights} has no "
+                               f"head.weight"]
+    return (f"{flags.arch} {Path(flags.weights).stem}",
+            {"args": vars(flags), "members": [model.state_dict()], "warnings": alerts})
+
+
     measured = []
 
     def done(retrieval, attack, entries):
@@ -932,8 +972,8 @@ def has_checkpoint(run):
 
 
 def stored_results(run, checkpoint):
-    """A finished run's results.json; None for a bare checkpoint or an unfinished run."""
-    if not Path(run).is_dir():
+    """A finished run's results.json; None for a bare checkpoint, an unfinished run or no run."""
+    if "epoch" not in checkpoint or not Path(run).is_dir():
         return None
     if checkpoint["epoch"] < checkpoint["args"]["epochs"]:
         print(f"{run}: {checkpoint['epoch']} of {checkpoint['args']['epochs']} epochs are done; "
