@@ -22,6 +22,7 @@ that is there already is read back.
 import argparse
 import csv
 import glob
+import io
 import itertools
 import json
 import math
@@ -567,11 +568,11 @@ def parse_args(argv=None):
     parser = common.Parser(__doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN",
                         help="a run's folder, a checkpoint, or a quoted pattern of them")
-    attack = parser.add_argument_group("attack")
     network = parser.add_argument_group(
         "network", "in place of a RUN. FILE may be a state dict of build_model, which has the "
                    "embedding\nlayer; with other weights that layer is random")
     common.network_flags(network, network)
+    attack = parser.add_argument_group("attack")
     attack.add_argument("--protocol", choices=common.PROTOCOLS, default="clustering")
     attack.add_argument("--attack", choices=("pgd", "fgsm", "cw"), nargs="+", default=None,
                         help="cw: Carlini & Wagner, template only (default: pgd)")
@@ -636,6 +637,9 @@ def parse_args(argv=None):
     output.add_argument("--figures", default=None, metavar="DIR",
                         help="draw embeddings before and after the first attack, and the curves of "
                              "--eval-every, if there are any (needs matplotlib)")
+    output.add_argument("--save-embeddings", default=None, metavar="FILE.npz",
+                        help="of the clean and the attacked test images, with labels and paths; of "
+                             "one run and one attack")
     output.add_argument("--overwrite", action="store_true",
                         help="attack again where results.json has the entry")
     output.add_argument("--dry-run", action="store_true", help="one batch; writes nothing")
@@ -691,24 +695,28 @@ def inference_rule(text):
 # ---- evaluation
 
 def main(args):
-    for flag, target in (("--json", args.json), ("--table", args.table)):
+    for flag, target in (("--json", args.json), ("--table", args.table),
+                         ("--save-embeddings", args.save_embeddings)):
         if target and (not Path(target).absolute().parent.is_dir() or Path(target).is_dir()):
             raise UserError(f"{flag} {target}: not a file in a folder that exists; create it")
     if args.into:
         insert_table(Path(args.into), args.table, None)                   # both marks are there
     beside = published_figures(Path(args.beside)) if args.beside else {}
+    attacks = attacks_of(args, 0)
     named = (run for pattern in args.runs for run in sorted(glob.glob(pattern)) or [pattern])
     runs = [run for run in dict.fromkeys(map(os.path.normpath, named)) if has_checkpoint(run)]
     checkpoints = [common.load_checkpoint(run) for run in runs]           # all, before any work
-    if not runs:
-        raise UserError("no run has a checkpoint yet: wait for its first epoch")
-    attacks = attacks_of(args, 0)
-    device = common.pick_device(args.device, args.deterministic)
-    if args.figures:
-        pyplot()                                                          # installed?
     if not args.runs:
         label, checkpoint = network_of(args)
         runs, checkpoints = [label], [checkpoint]
+    if not runs:
+        raise UserError("no run has a checkpoint yet: wait for its first epoch")
+    if args.save_embeddings and (len(runs) > 1 or len(attacks) > 1 or args.protocol == "ers"):
+        raise UserError(f"--save-embeddings is of one run and one attack, not of ers: found "
+                        f"{len(runs)} runs, {', '.join(map(str, attacks))}")
+    device = common.pick_device(args.device, args.deterministic)
+    if args.figures:
+        pyplot()                                                          # installed?
     rows, report = [], []
     for run, checkpoint in zip(runs, checkpoints):
         outcome = outcome_of(run, checkpoint, args, device)
@@ -752,14 +760,6 @@ def main(args):
         draw_figures(Path(args.figures), runs, checkpoints, attacks[0], args, device)
 
 
-def outcome_of(run, checkpoint, args, device):
-    """{"clean", "found": [(attack, entries)], "warnings", "undefended"} of a run: what its
-    results.json has already is read, the rest is measured and stored there, attack by attack."""
-    flags = argparse.Namespace(**checkpoint["args"])
-    attacks, results = attacks_of(args, flags.seed), stored_results(run, checkpoint)
-    fresh = args.overwrite or args.dry_run or not results
-    known = [[] if fresh else known_entries(results["robust"], attack, args) for attack in attacks]
-    missing = [attack for attack, entries in zip(attacks, known) if not entries]
 def network_of(args):
     """(label, checkpoint) of the network that the flags describe, as if a run had saved it."""
     flags, state = args.network, {}
@@ -778,6 +778,18 @@ def network_of(args):
             {"args": vars(flags), "members": [model.state_dict()], "warnings": alerts})
 
 
+def outcome_of(run, checkpoint, args, device):
+    """{"clean", "found": [(attack, entries)], "warnings", "undefended"} of a run: what its
+    results.json has already is read, the rest is measured and stored there, attack by attack."""
+    flags = argparse.Namespace(**checkpoint["args"])
+    attacks, results = attacks_of(args, flags.seed), stored_results(run, checkpoint)
+    known = [known_entries(results["robust"], attack, args) if results else []
+             for attack in attacks]
+    if args.save_embeddings and known[0]:
+        print(f"{run}: attacked again for --save-embeddings")
+    if args.overwrite or args.dry_run or args.save_embeddings:
+        known = [[] for _ in attacks]
+    missing = [attack for attack, entries in zip(attacks, known) if not entries]
     measured = []
 
     def done(retrieval, attack, entries):
@@ -1008,12 +1020,38 @@ def evaluate_run(checkpoint, flags, attacks, args, device, done):
         found = attack_entries(retrieval, attack)
         spent.append(found[0]["seconds"])
         done(retrieval, attack, found)
+        if args.save_embeddings and not args.dry_run:
+            save_embeddings(args.save_embeddings, retrieval, attack, test, flags.data_root)
         return found
 
     clean, _, alerts = common.evaluate_set(
         members, test, attacks, batch_size=args.batch_size, workers=args.workers, device=device,
         ks=common.KS.get(flags.dataset, (1, 2, 4, 8)), seed=flags.seed, entries=entries)
     return clean, alerts
+
+
+def save_embeddings(path, retrieval, attack, test, root):
+    """Write the embeddings of a retrieval as plain NumPy arrays (README, "Evaluate")."""
+    def stacked(embeddings):
+        return torch.stack(embeddings).cpu().numpy()
+
+    def names(dataset):
+        return [name if dataset.generated else Path(os.path.relpath(name, root)).as_posix()
+                for name in dataset.paths]
+
+    attacked, gallery = retrieval.attacked
+    arrays = {"clean": stacked(retrieval.clean), "attacked": stacked(attacked),
+              "labels": test.labels, "paths": names(test), "classes": test.classes,
+              "attack": json.dumps(attack.entry())}
+    if test.gallery is not None:
+        arrays |= {"gallery": stacked(retrieval.gallery), "gallery_labels": test.gallery.labels,
+                   "gallery_paths": names(test.gallery)}
+        if attack.protocol == "clustering":                    # attacked too
+            arrays["gallery_attacked"] = stacked(gallery)
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    common.write_atomic(Path(path), content.getvalue())
+    print(f"wrote {path}")
 
 
 def duration(seconds):
