@@ -9,7 +9,7 @@
     python eval.py runs/* --protocol template --eps 0.05    # one table over all runs
     python eval.py runs/* --protocol template --attack pgd fgsm cw --eps 0.01 0.05 --seed 0 1 2
     python eval.py runs/eat-glyphs-* --table results/eat-glyphs    # mean and std over seeds
-    python eval.py --arch resnet18 --weights net.pt --dataset cub  # a network without a run
+    python eval.py --arch resnet18 --weights net.pt --dataset cub    # no run
     from eval import evaluate_robustness                    # your own model: README
 
 Protocols: "clustering" attacks every image and compares attacked images (Ke, arXiv 2501.01025);
@@ -1016,7 +1016,9 @@ def evaluate_run(checkpoint, flags, attacks, args, device, done):
     def entries(retrieval, attack):
         spent[0], number = retrieval.seconds, len(spent)
         left = sum(spent) / sum(passes[:number]) * sum(passes[number:])
-        print(f"attack {number} of {len(attacks)}, about {duration(left)} left", flush=True)
+        stops_early = any(other.attack == "cw" for other in attacks[number - 1:])
+        print(f"attack {number} of {len(attacks)}, {'at most' if stops_early else 'about'} "
+              f"{duration(left)} left", flush=True)
         found = attack_entries(retrieval, attack)
         spent.append(found[0]["seconds"])
         done(retrieval, attack, found)

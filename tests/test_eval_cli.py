@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -172,16 +173,12 @@ def test_embeddings_of_a_stored_attack_are_made_again_and_its_entries_stay(finis
 
 @pytest.fixture
 def attacked(monkeypatch):
-    """The attacks that are made, by their radius. attacked.stop_at: one that is interrupted."""
-    class Made(list):
-        stop_at = None
-
-    made, whole = Made(), evaluator.attack_entries
+    """The radii of the attacks that are made. attacked.before[eps](): called before that attack."""
+    made, whole = Mock(before={}, eps=[]), evaluator.attack_entries
 
     def watched(retrieval, attack):
-        if attack.eps == made.stop_at:
-            raise KeyboardInterrupt
-        made.append(attack.eps)
+        made.before.get(attack.eps, bool)()
+        made.eps.append(attack.eps)
         return whole(retrieval, attack)
 
     monkeypatch.setattr(evaluator, "attack_entries", watched)
@@ -192,16 +189,16 @@ def attacked(monkeypatch):
 def test_an_interrupt_keeps_the_attacks_that_are_finished(limit, finished, attacked, monkeypatch,
                                                           capsys):
     several = [finished, *TEMPLATE, "--limit-queries", limit, "--eps", "0.01", "0.02", "0.03"]
-    before, attacked.stop_at = stored(finished)["robust"], 0.02
+    before, attacked.before[0.02] = stored(finished)["robust"], Mock(side_effect=KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         evaluate(*several)
     kept = stored(finished)["robust"]
     assert kept[:6] == before and {(entry["eps"], entry["rule"]) for entry in kept[6:]} == {
         (0.01, rule) for rule in RULES}
     assert all(("clean" in entry) == (limit != "0") for entry in kept[6:])
-    attacked.stop_at = None
+    attacked.before.clear()
     evaluate(*several)
-    assert attacked == [0.01, 0.02, 0.03]
+    assert attacked.eps == [0.01, 0.02, 0.03]
     table = capsys.readouterr().out.splitlines()[-20:-2]       # two warnings follow
     assert stored(finished)["robust"][:12] == kept and len(stored(finished)["robust"]) == 24
     monkeypatch.setattr(common, "evaluate_set", must_not_run)
@@ -210,16 +207,8 @@ def test_an_interrupt_keeps_the_attacks_that_are_finished(limit, finished, attac
 
 
 def test_entries_that_another_process_adds_meanwhile_stay(finished, attacked):
-    evaluator_entries = evaluator.attack_entries
-
-    def meanwhile(retrieval, attack):
-        if attack.eps == 0.01:
-            evaluate(finished, *TEMPLATE, "--eps", "0.05")
-        return evaluator_entries(retrieval, attack)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluator, "attack_entries", meanwhile)
-        evaluate(finished, *TEMPLATE, "--eps", "0.01", "0.02")
+    attacked.before[0.01] = lambda: evaluate(finished, *TEMPLATE, "--eps", "0.05")
+    evaluate(finished, *TEMPLATE, "--eps", "0.01", "0.02")
     assert [entry["eps"] for entry in stored(finished)["robust"][6::6]] == [0.05, 0.01, 0.02]
 
 
@@ -228,7 +217,7 @@ def test_a_dry_run_stores_nothing(finished, attacked, network, tmp_path):
     evaluate(finished, *TEMPLATE, "--eps", "0.01", "0.02", "--dry-run")
     evaluate(*command, "--eps", "0.03", "--dry-run", "--json", tmp_path / "a.json",
              "--save-embeddings", tmp_path / "a.npz")
-    assert attacked == [0.01, 0.02, 0.03] and contents(tmp_path) == before
+    assert attacked.eps == [0.01, 0.02, 0.03] and contents(tmp_path) == before
 
 
 def test_every_attack_says_how_long_the_rest_takes(finished, monkeypatch, capsys):
@@ -239,5 +228,7 @@ def test_every_attack_says_how_long_the_rest_takes(finished, monkeypatch, capsys
     assert lines[0].startswith("attack 1 of 3, about ") and lines[0].endswith(" s left")
     # a pass takes 1200 s of 1 + 3, then 2400 s of 1 + 6; an attack has 3
     assert lines[1:] == ["attack 2 of 3, about 30 min left", "attack 3 of 3, about 17 min left"]
+    evaluate(finished, *TEMPLATE, "--attack", "cw", "--rules", "vote")
+    assert "attack 1 of 1, at most " in capsys.readouterr().out
     assert [evaluator.duration(seconds) for seconds in (0.4, 89, 90, 5399, 5400, 36000)] == [
         "0 s", "89 s", "2 min", "90 min", "2 h", "10 h"]
