@@ -817,7 +817,7 @@ def build_model(arch: str, embedding_dim: int = 128, weights: str = "none",
         raise UserError(f"unknown --arch {arch!r}: choose one of {', '.join(ARCHS)}")
     if pool not in (None, "avg", "avgmax"):
         raise UserError(f"unknown --pool {pool!r}: choose avg or avgmax")
-    state = None if weights == "none" else _pretrained(arch, weights)
+    state = None if weights == "none" else pretrained(arch, weights)
     if arch in TORCHVISION:
         net = torchvision.models.get_model(TORCHVISION[arch])
         children = OrderedDict(net.named_children())
@@ -828,7 +828,7 @@ def build_model(arch: str, embedding_dim: int = 128, weights: str = "none",
     else:
         backbone, channels = (BNInception(), 1024) if arch == "bninception" else _convnet()
     if state is not None:
-        _load_backbone(backbone, state, arch, weights)
+        load_weights(backbone, state, arch, weights)
     normalize = (Normalize([104 / 255, 117 / 255, 128 / 255], [1 / 255] * 3, bgr=True)
                  if arch == "bninception" else Normalize([0.485, 0.456, 0.406],
                                                          [0.229, 0.224, 0.225]))
@@ -837,10 +837,17 @@ def build_model(arch: str, embedding_dim: int = 128, weights: str = "none",
     return model.to(memory_format=CHANNELS_LAST)
 
 
-def _pretrained(arch, weights):
+def pretrained(arch, weights):
     """The state dict of an ImageNet network: torchvision's, or the user's file."""
     if weights != "imagenet":
-        return _torch_load(weights, "a weights file")
+        state = _torch_load(weights, "a weights file")
+        if "members" in state and "format" in state:
+            raise UserError(f"{weights} is a checkpoint of a run, not ImageNet weights: continue "
+                            f"the run with --resume or evaluate it with eval.py RUN")
+        state = state.get("state_dict", state)
+        if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+            raise UserError(f"{weights} holds no named tensors: give weights of {arch}")
+        return state
     if arch == "bninception":
         raise UserError("torchvision has no bninception weights: get bn_inception-52deb4733.pth and"
                         " pass --weights FILE, or --weights none for a random start")
@@ -855,17 +862,12 @@ def _pretrained(arch, weights):
                         f"start") from error
 
 
-def _load_backbone(backbone, state, arch, weights):
-    """Load a classifier's weights into its backbone; a file that does not fit is one line."""
-    if "members" in state and "format" in state:
-        raise UserError(f"{weights} is a checkpoint of a run, not ImageNet weights: continue the "
-                        f"run with --resume or evaluate it with eval.py")
-    state = state.get("state_dict", state)
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise UserError(f"{weights} holds no named tensors: give ImageNet weights of {arch}")
-    own = backbone.state_dict()
+def load_weights(network, state, arch, weights):
+    """Load a state dict into a backbone, a classifier's without its classifier, or into a whole
+    EmbeddingModel; a file that does not fit is one line."""
+    own = network.state_dict()
     heads = ("classifier.", "fc.", "last_linear.")
-    state = {name: value.squeeze(0) if value.dim() == 2 and value.size(0) == 1 else value
+    state = {name: value[0] if name in own and value.shape == (1, *own[name].shape) else value
              for name, value in state.items()             # old bninception files: BatchNorm [1, C]
              if isinstance(value, Tensor) and not name.startswith(heads)}
     for name, value in own.items():                       # absent in files of old torch versions
@@ -876,10 +878,11 @@ def _load_backbone(backbone, state, arch, weights):
     other = [name for name in own if name in state and own[name].shape != state[name].shape]
     if missing or unknown or other:
         example = (missing + unknown + other)[0]
+        cure = "its --embedding-dim" if example == "head.weight" else f"weights of {arch}"
         raise UserError(f"{weights} does not fit --arch {arch}: {len(missing)} tensors missing, "
                         f"{len(unknown)} unknown, {len(other)} of another shape (first: {example});"
-                        f" give ImageNet weights of {arch}")
-    backbone.load_state_dict(state)
+                        f" give {cure}")
+    network.load_state_dict(state)
 
 
 @contextlib.contextmanager
@@ -1781,16 +1784,19 @@ class Retrieval:
     iterator of (images, labels, rows) in order; labels (n,) of all of them. gallery_batches,
     gallery_labels: the set in which queries are looked up, when it is another. limited: this is a
     subset. clean, gallery: [(n, D)], one per model, gallery None where queries look each other up.
-    names: the labels of the candidates.
+    names: the labels of the candidates. seconds: what embedding them took. by_rule: their scores,
+    from `evaluate`. attacked: (embeddings, gallery) of the latest of `attack_entries`.
     """
 
     def __init__(self, models, batches, labels, *, ks=(1, 2, 4, 8), gallery_batches=None,
                  gallery_labels=None, limited=False):
         self.models, self.batches, self.labels, self.ks = models, batches, labels, ks
         self.gallery_batches, self.gallery_labels = gallery_batches, gallery_labels
-        self.limited = limited
+        self.limited, self.by_rule, self.attacked = limited, None, None
+        started = time.perf_counter()
         self.clean = embed(models, batches())
         self.gallery = None if gallery_batches is None else embed(models, gallery_batches())
+        self.seconds = time.perf_counter() - started
         self.names = labels if gallery_labels is None else gallery_labels
 
     def scores(self, embeddings, gallery, seed, clustering=True):
@@ -1832,6 +1838,7 @@ def attack_entries(retrieval, attack) -> list[dict]:
 
 def scored_entries(retrieval, attack, embeddings, gallery, started, more=None) -> list[dict]:
     """The entries of attacked embeddings, one per inference rule; more: {rule: further scores}."""
+    retrieval.attacked = embeddings, gallery
     scores = retrieval.scores(embeddings, gallery, attack.seed,
                               clustering=attack.protocol != "template")
     amp = any(getattr(model, "amp", False) for model in retrieval.models)
@@ -1847,12 +1854,13 @@ def evaluate(models, batches, labels, attacks, *, ks=(1, 2, 4, 8), seed=0, galle
     """Clean and attacked scores of one model or an ensemble: (clean, robust, warnings).
 
     models ... limited: as in Retrieval. attacks: [Attack]. seed: of k-means on clean embeddings.
-    entries(retrieval, attack): what makes the entries; eval.py has one that knows more attacks.
+    entries(retrieval, attack): what makes the entries; eval.py has one that knows more attacks
+    and stores them as they come.
     """
     retrieval = Retrieval(models, batches, labels, ks=ks, gallery_batches=gallery_batches,
                           gallery_labels=gallery_labels, limited=limited)
     rule = "vote" if len(models) > 1 else "member_1"                      # the headline
-    scores = retrieval.scores(retrieval.clean, retrieval.gallery, seed)
+    scores = retrieval.by_rule = retrieval.scores(retrieval.clean, retrieval.gallery, seed)
     alerts = []
     for i, own in enumerate(retrieval.clean):
         cosine = mean_cosine(own)
@@ -1964,15 +1972,9 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-def base_parser(description=None) -> Parser:
-    """The flags every training script shares, with EAT's defaults. A script changes them with
-    `parser.set_defaults` and adds its method's flags in a group of their own."""
-    switch = argparse.BooleanOptionalAction
-    parser = Parser(description)
-    data = parser.add_argument_group("data")
+def network_flags(data, model) -> None:
+    """Into two groups of flags: what a network is, and which images it sees."""
     data.add_argument("--dataset", choices=DATASETS, default="glyphs", help="glyphs is generated")
-    data.add_argument("--data-root", default=os.environ.get("DATA_ROOT", "data"),
-                      help="folder of the data set; the variable DATA_ROOT changes the default")
     data.add_argument("--inshop-protocol", choices=("query", "gallery"), default="query",
                       help="look In-Shop queries up among themselves (EAT) or in the gallery")
     data.add_argument("--image-size", type=number(int, 16, 4096), default=224,
@@ -1981,6 +1983,32 @@ def base_parser(description=None) -> Parser:
                       help="training view: RandomResizedCrop, or a random S x S crop of the whole "
                            "photo squashed to a square, which test images are then too (photos "
                            "only)")
+    model.add_argument("--arch", choices=ARCHS, default="mobilenetv2")
+    model.add_argument("--weights", default=None, metavar="{imagenet,none,FILE}",
+                       help="start of the backbone (default: imagenet; none for convnet)")
+    model.add_argument("--pool", choices=("avg", "avgmax"), default=None,
+                       help="pooling (default: avg; avgmax for bninception)")
+    model.add_argument("--embedding-dim", type=number(int, 1), default=128)
+
+
+def network_defaults(args) -> None:
+    """--weights and --pool where they are not given."""
+    if args.weights is None:
+        args.weights = "none" if args.arch == "convnet" else "imagenet"
+    if args.pool is None:
+        args.pool = "avgmax" if args.arch == "bninception" else "avg"
+
+
+def base_parser(description=None) -> Parser:
+    """The flags every training script shares, with EAT's defaults. A script changes them with
+    `parser.set_defaults` and adds its method's flags in a group of their own."""
+    switch = argparse.BooleanOptionalAction
+    parser = Parser(description)
+    data = parser.add_argument_group("data")
+    model = parser.add_argument_group("model")
+    network_flags(data, model)
+    data.add_argument("--data-root", default=os.environ.get("DATA_ROOT", "data"),
+                      help="folder of the data set; the variable DATA_ROOT changes the default")
     data.add_argument("--cache-gb", type=number(float, 0), default=4.0,
                       help="decode images once when they fit in this memory; 0: each time")
     data.add_argument("--workers", type=number(int, 0, 256), default=2,
@@ -1990,13 +2018,6 @@ def base_parser(description=None) -> Parser:
                            "classes: for tuning")
     data.add_argument("--limit-queries", type=number(int, 0), default=0, metavar="N",
                       help="evaluate on a fixed class-balanced subset of N test images (0: all)")
-    model = parser.add_argument_group("model")
-    model.add_argument("--arch", choices=ARCHS, default="mobilenetv2")
-    model.add_argument("--weights", default=None, metavar="{imagenet,none,FILE}",
-                       help="start of the backbone (default: imagenet; none for convnet)")
-    model.add_argument("--pool", choices=("avg", "avgmax"), default=None,
-                       help="pooling (default: avg; avgmax for bninception)")
-    model.add_argument("--embedding-dim", type=number(int, 1), default=128)
     model.add_argument("--freeze-bn", action=switch, default=None,
                        help="keep BatchNorm statistics (default: with pretrained weights)")
     training = parser.add_argument_group("training")
@@ -2091,10 +2112,7 @@ def _complete(parser, given, small):
     args = argparse.Namespace(**defaults | given)
     if args.dataset in GENERATED:
         args = argparse.Namespace(**defaults | small | given)
-    if args.weights is None:
-        args.weights = "none" if args.arch == "convnet" else "imagenet"
-    if args.pool is None:
-        args.pool = "avgmax" if args.arch == "bninception" else "avg"
+    network_defaults(args)
     if args.freeze_bn is None:
         args.freeze_bn = args.weights != "none"
     if args.weights == "none" and "warmup_epochs" not in given:
