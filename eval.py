@@ -643,8 +643,8 @@ def curve_entries(retrieval, attack, proxies=None):
     amp = any(getattr(model, "amp", False) for model in retrieval.models)
     seconds = round(time.perf_counter() - started, 3)
     return [{"rule": rule, **attack.entry(), "amp": amp, "limited": retrieval.limited,
-             "seconds": seconds, **scores[rule], "eps50_255": half_radius(curve), "curve": curve}
-            for rule, curve in curves.items()]
+             "seconds": seconds, "n_queries": len(retrieval.labels),
+             "eps50_255": half_radius(curve), "curve": curve} for rule, curve in curves.items()]
 
 
 def half_radius(curve):
@@ -1051,7 +1051,9 @@ def parse_args(argv=None):
                    "embedding\nlayer; with other weights that layer is random")
     common.network_flags(network, network)
     attack = parser.add_argument_group("attack")
-    attack.add_argument("--protocol", choices=common.PROTOCOLS, default="clustering")
+    attack.add_argument("--protocol", choices=(*common.PROTOCOLS, "all"), default="clustering",
+                        help="all: the papers' own attacks, the worst case and eps50 of clustering "
+                             "and template, and ers")
     attack.add_argument("--attack", choices=("pgd", "fgsm", "cw", "square", "curve", "strong"),
                         nargs="+", default=None,
                         help="cw: Carlini & Wagner, template only; square: Square Attack, no "
@@ -1158,6 +1160,15 @@ def parse_args(argv=None):
                                    or args.restarts > 1):
         parser.error("--protocol ers brings its own attacks: drop --attack, --objective, --min-eps "
                      "and --restarts")
+    given = [f"--{name.replace('_', '-')}" for name in (
+        "objective", "min_eps", "restarts", "against", "attacker_share", "template_target",
+        "step_size") if getattr(args, name) != parser.get_default(name)]
+    if args.protocol == "all" and (given or args.attack not in (None, ["strong"]) or
+                                   len(args.eps or [0]) > 1 or not args.random_start):
+        parser.error(f"--protocol all has its own attacks; it takes one --eps, --attack-steps, "
+                     f"--attack strong and --seed: drop {', '.join(given) or 'the others'}")
+    if args.protocol == "all":
+        args.metrics = args.metrics or ["R@1", "R@1_free", "eps50_255", "ERS"]
     if args.ers_variant == "authors" and args.protocol != "ers":
         parser.error("--ers-variant belongs to --protocol ers: drop it")
     if args.template_target == "self" and (args.protocol != "template" or
@@ -1169,6 +1180,14 @@ def parse_args(argv=None):
 
 def attacks_of(args, seed):
     """The attacks that the flags ask for, on a run with this seed."""
+    if args.protocol == "all":
+        eps, strong = (args.eps or [None])[0], args.attack == ["strong"]
+        return [common.Attack(protocol, name, objective, eps if name == "pgd" or strong else None,
+                              steps=args.attack_steps if name == "pgd" else None, seed=of_attack)
+                for of_attack in args.seed or [seed] for protocol in ("clustering", "template")
+                for name, objective in (("pgd", None), ("strong" if strong else "pgd", "worst"),
+                                        ("curve", None))] + \
+            [common.Attack("ers", seed=of_attack) for of_attack in args.seed or [seed]]
     names = (args.attack or ([] if args.min_eps else ["pgd"])) + ["min-eps"] * args.min_eps
     objectives = ["self"] if args.template_target == "self" else args.objective or [None]
     if args.ers_variant == "authors":
@@ -1205,8 +1224,9 @@ def main(args):
         runs, checkpoints = [label], [checkpoint]
     if not runs:
         raise UserError("no run has a checkpoint yet: wait for its first epoch")
-    if args.save_embeddings and (len(runs) > 1 or len(attacks) > 1 or args.protocol == "ers"):
-        raise UserError(f"--save-embeddings is of one run and one attack, not of ers: found "
+    if args.save_embeddings and (len(runs) > 1 or len(attacks) > 1 or args.protocol == "ers" or
+                                 attacks[0].objective == "worst" or attacks[0].attack == "curve"):
+        raise UserError(f"--save-embeddings is of one run and one attack, not of many: found "
                         f"{len(runs)} runs, {', '.join(map(str, attacks))}")
     device = common.pick_device(args.device, args.deterministic)
     if args.figures:
