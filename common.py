@@ -817,7 +817,7 @@ def build_model(arch: str, embedding_dim: int = 128, weights: str = "none",
         raise UserError(f"unknown --arch {arch!r}: choose one of {', '.join(ARCHS)}")
     if pool not in (None, "avg", "avgmax"):
         raise UserError(f"unknown --pool {pool!r}: choose avg or avgmax")
-    state = None if weights == "none" else _pretrained(arch, weights)
+    state = None if weights == "none" else pretrained(arch, weights)
     if arch in TORCHVISION:
         net = torchvision.models.get_model(TORCHVISION[arch])
         children = OrderedDict(net.named_children())
@@ -828,7 +828,7 @@ def build_model(arch: str, embedding_dim: int = 128, weights: str = "none",
     else:
         backbone, channels = (BNInception(), 1024) if arch == "bninception" else _convnet()
     if state is not None:
-        _load_backbone(backbone, state, arch, weights)
+        load_weights(backbone, state, arch, weights)
     normalize = (Normalize([104 / 255, 117 / 255, 128 / 255], [1 / 255] * 3, bgr=True)
                  if arch == "bninception" else Normalize([0.485, 0.456, 0.406],
                                                          [0.229, 0.224, 0.225]))
@@ -837,10 +837,17 @@ def build_model(arch: str, embedding_dim: int = 128, weights: str = "none",
     return model.to(memory_format=CHANNELS_LAST)
 
 
-def _pretrained(arch, weights):
+def pretrained(arch, weights):
     """The state dict of an ImageNet network: torchvision's, or the user's file."""
     if weights != "imagenet":
-        return _torch_load(weights, "a weights file")
+        state = _torch_load(weights, "a weights file")
+        if "members" in state and "format" in state:
+            raise UserError(f"{weights} is a checkpoint of a run, not ImageNet weights: continue "
+                            f"the run with --resume or evaluate it with eval.py RUN")
+        state = state.get("state_dict", state)
+        if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+            raise UserError(f"{weights} holds no named tensors: give weights of {arch}")
+        return state
     if arch == "bninception":
         raise UserError("torchvision has no bninception weights: get bn_inception-52deb4733.pth and"
                         " pass --weights FILE, or --weights none for a random start")
@@ -855,17 +862,12 @@ def _pretrained(arch, weights):
                         f"start") from error
 
 
-def _load_backbone(backbone, state, arch, weights):
-    """Load a classifier's weights into its backbone; a file that does not fit is one line."""
-    if "members" in state and "format" in state:
-        raise UserError(f"{weights} is a checkpoint of a run, not ImageNet weights: continue the "
-                        f"run with --resume or evaluate it with eval.py")
-    state = state.get("state_dict", state)
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise UserError(f"{weights} holds no named tensors: give ImageNet weights of {arch}")
-    own = backbone.state_dict()
+def load_weights(network, state, arch, weights):
+    """Load a state dict into a backbone, a classifier's without its classifier, or into a whole
+    EmbeddingModel; a file that does not fit is one line."""
+    own = network.state_dict()
     heads = ("classifier.", "fc.", "last_linear.")
-    state = {name: value.squeeze(0) if value.dim() == 2 and value.size(0) == 1 else value
+    state = {name: value[0] if name in own and value.shape == (1, *own[name].shape) else value
              for name, value in state.items()             # old bninception files: BatchNorm [1, C]
              if isinstance(value, Tensor) and not name.startswith(heads)}
     for name, value in own.items():                       # absent in files of old torch versions
@@ -876,10 +878,11 @@ def _load_backbone(backbone, state, arch, weights):
     other = [name for name in own if name in state and own[name].shape != state[name].shape]
     if missing or unknown or other:
         example = (missing + unknown + other)[0]
+        cure = "its --embedding-dim" if example == "head.weight" else f"weights of {arch}"
         raise UserError(f"{weights} does not fit --arch {arch}: {len(missing)} tensors missing, "
                         f"{len(unknown)} unknown, {len(other)} of another shape (first: {example});"
-                        f" give ImageNet weights of {arch}")
-    backbone.load_state_dict(state)
+                        f" give {cure}")
+    network.load_state_dict(state)
 
 
 @contextlib.contextmanager
@@ -1629,7 +1632,7 @@ def _vote_scores(embeddings, labels, ks, clusters, gallery, gallery_labels, assi
                      cluster_vote_rule(len(labels), clusters)}
 
 
-ATTACKS = ("pgd", "fgsm", "cw", "min-eps", "square", "strong-1")
+ATTACKS = ("pgd", "fgsm", "cw", "min-eps", "square", "curve", "strong-1")
 BOTH = ("push-mean", "target-other", "nearest", "impostor", "impostor@K", "soft-impostor", "decoy",
         "pal-pseudo", "worst")
 # those of each protocol, its default first
@@ -1640,8 +1643,8 @@ OBJECTIVES = {"clustering": ("shift", *BOTH, "joint", "joint-pseudo"),
 # Zhou & Patel's, on their own scales: percent, TMA a cosine, ES:D a distance.
 ERS_FIGURES = ("CA+", "CA-", "QA+", "QA-", "TMA", "ES:D", "ES:R", "LTM", "GTM", "GTT", "ERS")
 # Beside Recall@K, mAP@R and the clusterings.
-FURTHER_FIGURES = ("success", "min_eps_255", "R@1_free", "bound", "R@1_attacked", "R@1_untouched",
-                   "AMI_attacked", "AMI_untouched", *ERS_FIGURES)
+FURTHER_FIGURES = ("success", "min_eps_255", "eps50_255", "R@1_free", "bound", "R@1_attacked",
+                   "R@1_untouched", "AMI_attacked", "AMI_untouched", *ERS_FIGURES)
 
 
 class Attack:
@@ -1662,9 +1665,10 @@ class Attack:
     image, unless the objective measures the distance to that. cw: Carlini & Wagner; steps (50) of
     Adam at learning rate step_size (eps / 10), projected to eps. min-eps: the smallest radius up to
     eps (32 / 255).
-    square: steps (200) forward passes, no gradient. strong: the frozen recipe strong-1, 20 steps
-    of eps / 4, halved twice, the best iterate of two starts (joint: the last of one); its numbers
-    are eps and seed alone.
+    square: steps (200) forward passes, no gradient. curve: pgd at growing radii up to eps (64/255);
+    where Recall@1 is half of its clean value. strong: the frozen recipe strong-1, 20 steps of
+    eps / 4, halved twice, the best iterate of two starts (joint: the last of one); its numbers are
+    eps and seed alone.
     """
 
     def __init__(self, protocol="clustering", attack="pgd", objective=None, eps=None,
@@ -1672,8 +1676,9 @@ class Attack:
                  attacker_share=100.0):
         template, known = protocol == "template", OBJECTIVES.get(protocol, ())
         attack = "strong-1" if attack == "strong" else attack
-        objective = objective or {"strong-1": "worst", "square": "impostor"}.get(
-            attack, next(iter(known), None))
+        objective = objective or {
+            "strong-1": "worst", "square": "impostor", "curve": "impostor" if template else "joint"
+        }.get(attack, next(iter(known), None))
         for what, value, choice in (("protocol", protocol, PROTOCOLS), ("attack", attack, ATTACKS)):
             if value not in choice:
                 raise UserError(f"unknown {what} {value!r}: choose one of {', '.join(choice)}")
@@ -1684,7 +1689,8 @@ class Attack:
                             f"{'' if template else '; template has cw and min-eps'}")
         if protocol == "ers" and attack != "pgd":
             raise UserError(f"--protocol ers brings its own attacks: drop --attack {attack}")
-        if objective.startswith(("joint", "worst")) and attack not in ("pgd", "strong-1"):
+        if attack not in ("pgd", "strong-1") and (
+                objective == "worst" or objective.startswith("joint") and attack != "curve"):
             raise UserError(f"the objective {objective} is attacked with pgd or strong: found "
                             f"{attack}")
         if attack == "strong-1" and not (step_size is steps is None and restarts == 1
@@ -1714,14 +1720,15 @@ class Attack:
             steps, random_start = 32 if steps is None else steps, False
             step_size = 3 / 8 * eps if step_size is None else step_size
         if eps is None:
-            eps = 32 / 255 if attack == "min-eps" else 0.01 if template else 8 / 255
+            eps = {"min-eps": 32 / 255, "curve": 64 / 255}.get(attack,
+                                                               0.01 if template else 8 / 255)
         if attack == "strong-1":
             steps, step_size = 20, eps / 4
         if steps is None:
-            steps = {"cw": 50, "square": 200}.get(attack, 5 if template else 10)
+            steps = {"cw": 50, "square": 200, "curve": 10}.get(attack, 5 if template else 10)
         if step_size is None:
             step_size = eps / 10 if attack == "cw" else \
-                2 * eps / max(steps, 1) if template else eps / 4
+                2 * eps / max(steps, 1) if template and attack != "curve" else eps / 4
         own = objective in ("shift", "self")         # no gradient at the clean image
         if attack == "fgsm":
             steps, step_size, random_start = 1, eps, random_start and own
@@ -1758,10 +1765,11 @@ class Attack:
         """Protocol, objective, attack and radius, to be read."""
         name = {"pgd": f"PGD-{self.steps}", "fgsm": "FGSM", "cw": f"C&W-{self.steps}",
                 "min-eps": f"smallest eps, PGD-{self.steps}", "square": f"Square-{self.steps}",
-                "strong-1": "strong-1"}[self.attack]
+                "curve": f"curve of PGD-{self.steps}", "strong-1": "strong-1"}[self.attack]
         if self.attacker_share < 100:
             name += f" on {self.attacker_share:g} % of the images"
-        radius = f"{'up to' if self.attack == 'min-eps' else 'eps'} {self.eps * 255:.3g}/255"
+        radius = "up to" if self.attack in ("min-eps", "curve") else "eps"
+        radius += f" {self.eps * 255:.3g}/255"
         objective = {"ers": "ERS", "ers-authors": "ERS(authors)"}.get(self.objective,
                                                                       self.objective)
         objective += f" against {self.against}" if self.against != "sum" else ""
@@ -1779,16 +1787,19 @@ class Retrieval:
     iterator of (images, labels, rows) in order; labels (n,) of all of them. gallery_batches,
     gallery_labels: the set in which queries are looked up, when it is another. limited: this is a
     subset. clean, gallery: [(n, D)], one per model, gallery None where queries look each other up.
-    names: the labels of the candidates.
+    names: the labels of the candidates. seconds: what embedding them took. by_rule: their scores,
+    from `evaluate`. attacked: (embeddings, gallery) of the latest of `attack_entries`.
     """
 
     def __init__(self, models, batches, labels, *, ks=(1, 2, 4, 8), gallery_batches=None,
                  gallery_labels=None, limited=False):
         self.models, self.batches, self.labels, self.ks = models, batches, labels, ks
         self.gallery_batches, self.gallery_labels = gallery_batches, gallery_labels
-        self.limited = limited
+        self.limited, self.by_rule, self.attacked = limited, None, None
+        started = time.perf_counter()
         self.clean = embed(models, batches())
         self.gallery = None if gallery_batches is None else embed(models, gallery_batches())
+        self.seconds = time.perf_counter() - started
         self.names = labels if gallery_labels is None else gallery_labels
 
     def scores(self, embeddings, gallery, seed, clustering=True):
@@ -1830,6 +1841,7 @@ def attack_entries(retrieval, attack) -> list[dict]:
 
 def scored_entries(retrieval, attack, embeddings, gallery, started, more=None) -> list[dict]:
     """The entries of attacked embeddings, one per inference rule; more: {rule: further scores}."""
+    retrieval.attacked = embeddings, gallery
     scores = retrieval.scores(embeddings, gallery, attack.seed,
                               clustering=attack.protocol != "template")
     amp = any(getattr(model, "amp", False) for model in retrieval.models)
@@ -1845,12 +1857,13 @@ def evaluate(models, batches, labels, attacks, *, ks=(1, 2, 4, 8), seed=0, galle
     """Clean and attacked scores of one model or an ensemble: (clean, robust, warnings).
 
     models ... limited: as in Retrieval. attacks: [Attack]. seed: of k-means on clean embeddings.
-    entries(retrieval, attack): what makes the entries; eval.py has one that knows more attacks.
+    entries(retrieval, attack): what makes the entries; eval.py has one that knows more attacks
+    and stores them as they come.
     """
     retrieval = Retrieval(models, batches, labels, ks=ks, gallery_batches=gallery_batches,
                           gallery_labels=gallery_labels, limited=limited)
     rule = "vote" if len(models) > 1 else "member_1"                      # the headline
-    scores = retrieval.scores(retrieval.clean, retrieval.gallery, seed)
+    scores = retrieval.by_rule = retrieval.scores(retrieval.clean, retrieval.gallery, seed)
     alerts = []
     for i, own in enumerate(retrieval.clean):
         cosine = mean_cosine(own)
@@ -1962,15 +1975,9 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-def base_parser(description=None) -> Parser:
-    """The flags every training script shares, with EAT's defaults. A script changes them with
-    `parser.set_defaults` and adds its method's flags in a group of their own."""
-    switch = argparse.BooleanOptionalAction
-    parser = Parser(description)
-    data = parser.add_argument_group("data")
+def network_flags(data, model) -> None:
+    """Into two groups of flags: what a network is, and which images it sees."""
     data.add_argument("--dataset", choices=DATASETS, default="glyphs", help="glyphs is generated")
-    data.add_argument("--data-root", default=os.environ.get("DATA_ROOT", "data"),
-                      help="folder of the data set; the variable DATA_ROOT changes the default")
     data.add_argument("--inshop-protocol", choices=("query", "gallery"), default="query",
                       help="look In-Shop queries up among themselves (EAT) or in the gallery")
     data.add_argument("--image-size", type=number(int, 16, 4096), default=224,
@@ -1979,6 +1986,32 @@ def base_parser(description=None) -> Parser:
                       help="training view: RandomResizedCrop, or a random S x S crop of the whole "
                            "photo squashed to a square, which test images are then too (photos "
                            "only)")
+    model.add_argument("--arch", choices=ARCHS, default="mobilenetv2")
+    model.add_argument("--weights", default=None, metavar="{imagenet,none,FILE}",
+                       help="start of the backbone (default: imagenet; none for convnet)")
+    model.add_argument("--pool", choices=("avg", "avgmax"), default=None,
+                       help="pooling (default: avg; avgmax for bninception)")
+    model.add_argument("--embedding-dim", type=number(int, 1), default=128)
+
+
+def network_defaults(args) -> None:
+    """--weights and --pool where they are not given."""
+    if args.weights is None:
+        args.weights = "none" if args.arch == "convnet" else "imagenet"
+    if args.pool is None:
+        args.pool = "avgmax" if args.arch == "bninception" else "avg"
+
+
+def base_parser(description=None) -> Parser:
+    """The flags every training script shares, with EAT's defaults. A script changes them with
+    `parser.set_defaults` and adds its method's flags in a group of their own."""
+    switch = argparse.BooleanOptionalAction
+    parser = Parser(description)
+    data = parser.add_argument_group("data")
+    model = parser.add_argument_group("model")
+    network_flags(data, model)
+    data.add_argument("--data-root", default=os.environ.get("DATA_ROOT", "data"),
+                      help="folder of the data set; the variable DATA_ROOT changes the default")
     data.add_argument("--cache-gb", type=number(float, 0), default=4.0,
                       help="decode images once when they fit in this memory; 0: each time")
     data.add_argument("--workers", type=number(int, 0, 256), default=2,
@@ -1988,13 +2021,6 @@ def base_parser(description=None) -> Parser:
                            "classes: for tuning")
     data.add_argument("--limit-queries", type=number(int, 0), default=0, metavar="N",
                       help="evaluate on a fixed class-balanced subset of N test images (0: all)")
-    model = parser.add_argument_group("model")
-    model.add_argument("--arch", choices=ARCHS, default="mobilenetv2")
-    model.add_argument("--weights", default=None, metavar="{imagenet,none,FILE}",
-                       help="start of the backbone (default: imagenet; none for convnet)")
-    model.add_argument("--pool", choices=("avg", "avgmax"), default=None,
-                       help="pooling (default: avg; avgmax for bninception)")
-    model.add_argument("--embedding-dim", type=number(int, 1), default=128)
     model.add_argument("--freeze-bn", action=switch, default=None,
                        help="keep BatchNorm statistics (default: with pretrained weights)")
     training = parser.add_argument_group("training")
@@ -2089,10 +2115,7 @@ def _complete(parser, given, small):
     args = argparse.Namespace(**defaults | given)
     if args.dataset in GENERATED:
         args = argparse.Namespace(**defaults | small | given)
-    if args.weights is None:
-        args.weights = "none" if args.arch == "convnet" else "imagenet"
-    if args.pool is None:
-        args.pool = "avgmax" if args.arch == "bninception" else "avg"
+    network_defaults(args)
     if args.freeze_bn is None:
         args.freeze_bn = args.weights != "none"
     if args.weights == "none" and "warmup_epochs" not in given:
@@ -2564,13 +2587,14 @@ def format_table(rows: list[dict]) -> str:
 def metric_name(metric: str) -> str:
     """The head of its column."""
     metric, _, of = metric.partition("_")
-    return {"min": "eps/255", "bound": "bound R@1"}.get(metric, metric) if of in ("", "eps_255") \
+    return {"min": "eps/255", "bound": "bound R@1"}.get(metric, metric) \
+        if of in ("", "eps_255", "255") \
         else f"{metric} {'label-free' if of == 'free' else of}"
 
 
 def cell(metric: str, value: float) -> str:
     """A score in percent; radii in 1/255, the figures of ERS as they are."""
-    if metric in ("min_eps_255", "TMA", "ES:D"):
+    if metric in ("min_eps_255", "eps50_255", "TMA", "ES:D"):
         return f"{value:.2f}"
     return f"{value:.1f}" if metric in ERS_FIGURES else f"{100 * value:.1f}"
 

@@ -9,17 +9,20 @@
     python eval.py runs/* --protocol template --eps 0.05    # one table over all runs
     python eval.py runs/* --protocol template --attack pgd fgsm cw --eps 0.01 0.05 --seed 0 1 2
     python eval.py runs/eat-glyphs-* --table results/eat-glyphs    # mean and std over seeds
+    python eval.py --arch resnet18 --weights net.pt --dataset cub    # no run
     from eval import evaluate_robustness                    # your own model: README
 
 Protocols: "clustering" attacks every image and compares attacked images (Ke, arXiv 2501.01025);
 "template" attacks queries against a clean gallery (Algorithm 1 of Panum et al., arXiv 2102.07265);
 "ers" is the Empirical Robustness Score, ten figures of nine attacks (Zhou & Patel, CVPR 2022).
-A run's folder gets its new entries in results.json; one that is there already is read back.
+A run's folder gets its new entries in results.json, each as soon as its attack is finished; one
+that is there already is read back.
 """
 
 import argparse
 import csv
 import glob
+import io
 import itertools
 import json
 import math
@@ -43,7 +46,7 @@ from common import UserError, pgd
 # ---- any model
 
 def evaluate_robustness(embed, images_or_loader, labels=None, *, protocol="clustering",
-                        attack="pgd", objective=None, eps=8 / 255, step_size=None, steps=None,
+                        attack="pgd", objective="shift", eps=8 / 255, step_size=None, steps=10,
                         restarts=1, random_start=True, ks=(1, 2, 4, 8), batch_size=128, seed=0,
                         device=None):
     """Clean and attacked retrieval of an embedding model: {"clean", "robust", "warnings"}.
@@ -55,22 +58,25 @@ def evaluate_robustness(embed, images_or_loader, labels=None, *, protocol="clust
     once and kept in memory.
     attack: pgd, fgsm, square (no gradients), strong (the frozen recipe strong-1: the worst of many
     attacks, with its own steps and step_size); with the template protocol also cw (Carlini &
-    Wagner) and min-eps (the smallest radius up to eps that makes a query fail).
-    objective (None: shift; square: impostor; strong: worst): "shift" moves an image away from its
-    clean embedding; "neighbour" (template only) a rightly answered query away from its nearest
-    neighbour, Algorithm 1 of Panum et al. (and "self", the same queries away from themselves).
-    Under all others the template protocol attacks every query: "targeted-random",
-    "targeted-nearest"; those of `measure`, most of which read labels; "worst" of all. For
-    clustering also "joint". The protocol "ers" brings its own ("ers-authors": with the slips of its
-    authors' code). eps, step_size (None: eps / 4; cw: eps / 10) in pixel values. steps (None: 10;
-    square: 200; ers: 32). restarts keep the highest objective per image. Scores are in [0, 1].
+    Wagner) and min-eps (the smallest radius up to eps that makes a query fail); curve (growing
+    radii up to eps, and eps50, which halves Recall@1).
+    objective: "shift" moves an image away from its clean embedding; square, strong, curve and ers
+    put their own in its place (impostor; worst; joint or impostor; the ten of ers). "neighbour"
+    (template only): a rightly answered query away from its nearest neighbour, Algorithm 1 of Panum
+    et al. (and "self", the same queries away from themselves). Under all others the template
+    protocol attacks every query: "targeted-random", "targeted-nearest"; those of `measure`, most of
+    which read labels; "worst" of all. For clustering also "joint". "ers-authors": ers with the
+    slips of its authors' code.
+    eps, step_size (None: eps / 4; cw: eps / 10) in pixel values. steps: 10 stands for the 200 of
+    square and the 32 of ers. restarts keep the highest objective per image. Scores are in [0, 1].
     Modes, gradients and the state of the random generators are afterwards as before.
     Raises ValueError when images are outside [0, 1] or arguments do not fit together.
     """
-    if protocol != "ers" and attack not in ("square", "strong"):
-        objective, steps = objective or "shift", 10 if steps is None else steps
-        if step_size is None and attack != "cw":
-            step_size = eps / 4
+    if protocol == "ers" or attack in ("square", "strong", "curve"):
+        objective = None if objective == "shift" else objective
+        steps = None if steps == 10 else steps
+    elif step_size is None and attack != "cw":
+        step_size = eps / 4
     settings = common.Attack(protocol, attack, objective, eps, step_size, steps, restarts,
                              random_start, seed)
     models = list(embed) if isinstance(embed, (list, tuple, nn.ModuleList)) else [embed]
@@ -152,6 +158,8 @@ def attack_entries(retrieval, attack, proxies=None):
         return [ers_entry(retrieval, attack)]
     if attack.objective == "worst":
         return worst_entries(retrieval, attack, proxies)
+    if attack.attack == "curve":
+        return curve_entries(retrieval, attack, proxies)
     started = time.perf_counter()
     embeddings, gallery, more = attacked(retrieval, attack, proxies)
     return common.scored_entries(retrieval, attack, embeddings, gallery, started, more)
@@ -632,6 +640,45 @@ def worst_parts(attack, count, proxies):
     return parts
 
 
+RADII = (1, 2, 4, 8, 16, 32, 64, 128, 255)                                   # in 1/255
+
+
+def curve_entries(retrieval, attack, proxies=None):
+    """Recall@1 at growing radii, as entries: curve, {radius in 1/255: Recall@1}, and eps50_255, the
+    radius at which it is half of its clean value. Ends where every rule is below that, or at eps.
+    """
+    started, last = time.perf_counter(), attack.eps * 255
+    scores = retrieval.scores(retrieval.clean, retrieval.gallery or (
+        retrieval.clean if attack.protocol == "template" else None), attack.seed, clustering=False)
+    curves = {rule: {0: own["R@1"]} for rule, own in scores.items()}
+    for radius in [*(radius for radius in RADII if radius < last - 1e-6), last]:
+        part = common.Attack(attack.protocol, "pgd", attack.objective, radius / 255,
+                             attack.step_size * radius / last, attack.steps, attack.restarts,
+                             attack.random_start, attack.seed, attack.against)
+        embeddings, gallery, _ = attacked(retrieval, part, proxies)
+        scores = retrieval.scores(embeddings, gallery, attack.seed, clustering=False)
+        for rule, own in scores.items():
+            curves[rule][radius] = own["R@1"]
+        if all(half_radius(curve) is not None for curve in curves.values()):
+            break
+    amp = any(getattr(model, "amp", False) for model in retrieval.models)
+    seconds = round(time.perf_counter() - started, 3)
+    return [{"rule": rule, **attack.entry(), "amp": amp, "limited": retrieval.limited,
+             "seconds": seconds, "n_queries": len(retrieval.labels),
+             "eps50_255": half_radius(curve), "curve": curve} for rule, curve in curves.items()]
+
+
+def half_radius(curve):
+    """The radius at which a curve {radius: Recall@1} is half of its first value, on straight lines
+    between its points; None: never."""
+    points = sorted(curve.items())
+    for (low, above), (high, below) in itertools.pairwise(points):
+        half = points[0][1] / 2
+        if below <= half:
+            return float(low + (high - low) * (above - half) / max(above - below, 1e-12))
+    return None
+
+
 def per_query(retrieval, embeddings, gallery):
     """{rule: (hit at rank 1 (n,) bool, AP@R (n,))} of the rules that rank candidates."""
     labels = retrieval.labels
@@ -1018,14 +1065,22 @@ def ers_targets(retrieval, seed):
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN",
+    parser.add_argument("runs", nargs="*", metavar="RUN",
                         help="a run's folder, a checkpoint, or a quoted pattern of them")
+    network = parser.add_argument_group(
+        "network", "in place of a RUN. FILE may be a state dict of build_model, which has the "
+                   "embedding\nlayer; with other weights that layer is random")
+    common.network_flags(network, network)
     attack = parser.add_argument_group("attack")
-    attack.add_argument("--protocol", choices=common.PROTOCOLS, default="clustering")
-    attack.add_argument("--attack", choices=("pgd", "fgsm", "cw", "square", "strong"), nargs="+",
-                        default=None, help="cw: Carlini & Wagner, template only; square: Square "
-                        "Attack, no gradients; strong: the frozen recipe strong-1, the worst of "
-                        "many attacks (default: pgd)")
+    attack.add_argument("--protocol", choices=(*common.PROTOCOLS, "all"), default="clustering",
+                        help="all: the papers' own attacks, the worst case and eps50 of clustering "
+                             "and template, and ers")
+    attack.add_argument("--attack", choices=("pgd", "fgsm", "cw", "square", "curve", "strong"),
+                        nargs="+", default=None,
+                        help="cw: Carlini & Wagner, template only; square: Square Attack, no "
+                             "gradients; curve: pgd at growing radii up to --eps, and eps50, the "
+                             "radius that halves Recall@1; strong: the frozen recipe strong-1, the "
+                             "worst of many attacks (default: pgd)")
     attack.add_argument("--min-eps", action="store_true",
                         help="template: the smallest radius up to --eps at which PGD succeeds, by "
                              "bisection; its median (beside --attack, if given)")
@@ -1061,9 +1116,10 @@ def parse_args(argv=None):
                         help="start uniformly in the ball")
     attack.add_argument("--seed", type=common.number(int, 0, 2**32 - 1), nargs="+", default=None,
                         help="of the attack; with several, tables show their mean (default: the "
-                             "run's)")
+                             "run's; 0 without RUN)")
     data = parser.add_argument_group("data and machine")
-    data.add_argument("--data-root", default=None, help="(default: the run's)")
+    data.add_argument("--data-root", default=None,
+                      help="(default: the run's; without RUN DATA_ROOT or data)")
     data.add_argument("--cache-gb", type=common.number(float, 0), default=4.0,
                       help="decode images once when they fit in this memory")
     data.add_argument("--limit-queries", type=common.number(int, 0), default=0, metavar="N",
@@ -1098,10 +1154,24 @@ def parse_args(argv=None):
     output.add_argument("--figures", default=None, metavar="DIR",
                         help="draw embeddings before and after the first attack, and the curves of "
                              "--eval-every, if there are any (needs matplotlib)")
+    output.add_argument("--save-embeddings", default=None, metavar="FILE.npz",
+                        help="of the clean and the attacked test images, with labels and paths; of "
+                             "one run and one attack")
     output.add_argument("--overwrite", action="store_true",
                         help="attack again where results.json has the entry")
     output.add_argument("--dry-run", action="store_true", help="one batch; writes nothing")
-    args = parser.parse_args(argv)
+    defaults = {action.dest: action.default for action in network._group_actions}
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults)))
+    given = {name: value for name in defaults if (value := getattr(args, name)) is not None}
+    if args.runs and given:
+        parser.error(f"--{next(iter(given)).replace('_', '-')} describes a network without a run: "
+                     f"drop it or {args.runs[0]}")
+    if not args.runs and not given:
+        parser.error("give a RUN, or a network with --arch, --weights and --dataset")
+    if given.get("dataset", defaults["dataset"]) in common.GENERATED:
+        defaults["image_size"] = 32
+    args.network = argparse.Namespace(**defaults | given)
+    common.network_defaults(args.network)
     if args.into and not args.table:
         parser.error("--into FILE needs --table NAME")
     for flag in ("metrics", "beside"):
@@ -1111,6 +1181,15 @@ def parse_args(argv=None):
                                    or args.restarts > 1):
         parser.error("--protocol ers brings its own attacks: drop --attack, --objective, --min-eps "
                      "and --restarts")
+    given = [f"--{name.replace('_', '-')}" for name in (
+        "objective", "min_eps", "restarts", "against", "attacker_share", "template_target",
+        "step_size") if getattr(args, name) != parser.get_default(name)]
+    if args.protocol == "all" and (given or args.attack not in (None, ["strong"]) or
+                                   len(args.eps or [0]) > 1 or not args.random_start):
+        parser.error(f"--protocol all has its own attacks; it takes one --eps, --attack-steps, "
+                     f"--attack strong and --seed: drop {', '.join(given) or 'the others'}")
+    if args.protocol == "all":
+        args.metrics = args.metrics or ["R@1", "R@1_free", "eps50_255", "ERS"]
     if args.ers_variant == "authors" and args.protocol != "ers":
         parser.error("--ers-variant belongs to --protocol ers: drop it")
     if args.template_target == "self" and (args.protocol != "template" or
@@ -1122,6 +1201,14 @@ def parse_args(argv=None):
 
 def attacks_of(args, seed):
     """The attacks that the flags ask for, on a run with this seed."""
+    if args.protocol == "all":
+        eps, strong = (args.eps or [None])[0], args.attack == ["strong"]
+        return [common.Attack(protocol, name, objective, eps if name == "pgd" or strong else None,
+                              steps=args.attack_steps if name == "pgd" else None, seed=of_attack)
+                for of_attack in args.seed or [seed] for protocol in ("clustering", "template")
+                for name, objective in (("pgd", None), ("strong" if strong else "pgd", "worst"),
+                                        ("curve", None))] + \
+            [common.Attack("ers", seed=of_attack) for of_attack in args.seed or [seed]]
     names = (args.attack or ([] if args.min_eps else ["pgd"])) + ["min-eps"] * args.min_eps
     objectives = ["self"] if args.template_target == "self" else args.objective or [None]
     if args.ers_variant == "authors":
@@ -1142,17 +1229,26 @@ def inference_rule(text):
 # ---- evaluation
 
 def main(args):
-    for flag, target in (("--json", args.json), ("--table", args.table)):
+    for flag, target in (("--json", args.json), ("--table", args.table),
+                         ("--save-embeddings", args.save_embeddings)):
         if target and (not Path(target).absolute().parent.is_dir() or Path(target).is_dir()):
             raise UserError(f"{flag} {target}: not a file in a folder that exists; create it")
     if args.into:
         insert_table(Path(args.into), args.table, None)                   # both marks are there
     beside = published_figures(Path(args.beside)) if args.beside else {}
+    attacks = attacks_of(args, 0)
     named = (run for pattern in args.runs for run in sorted(glob.glob(pattern)) or [pattern])
     runs = [run for run in dict.fromkeys(map(os.path.normpath, named)) if has_checkpoint(run)]
     checkpoints = [common.load_checkpoint(run) for run in runs]           # all, before any work
+    if not args.runs:
+        label, checkpoint = network_of(args)
+        runs, checkpoints = [label], [checkpoint]
     if not runs:
         raise UserError("no run has a checkpoint yet: wait for its first epoch")
+    if args.save_embeddings and (len(runs) > 1 or len(attacks) > 1 or args.protocol == "ers" or
+                                 attacks[0].objective == "worst" or attacks[0].attack == "curve"):
+        raise UserError(f"--save-embeddings is of one run and one attack, not of many: found "
+                        f"{len(runs)} runs, {', '.join(map(str, attacks))}")
     device = common.pick_device(args.device, args.deterministic)
     if args.figures:
         pyplot()                                                          # installed?
@@ -1174,11 +1270,11 @@ def main(args):
             own += rows_of(undefended["clean"], [pair for pair in known if pair[1]], name)
         rows += own
         report.append({"run": label, "flags": checkpoint["args"], "rows": own,
-                       "clean": outcome["clean"], "warnings": outcome["warnings"],
+                       "clean": outcome["clean"],
+                       "warnings": checkpoint.get("warnings", []) + outcome["warnings"],
                        "robust": [entry for _, found in outcome["found"] for entry in found]})
     if not rows:
         raise UserError(f"--rules {' '.join(args.rules)}: no run has them; drop --rules to see all")
-    attacks = attacks_of(args, 0)
     title, words = title_of(attacks)
     title += f", a fixed subset of {args.limit_queries} images" if args.limit_queries else ""
     title += ", bfloat16" if args.amp else ""
@@ -1204,36 +1300,67 @@ def main(args):
         draw_figures(Path(args.figures), runs, checkpoints, attacks[0], args, device)
 
 
+def network_of(args):
+    """(label, checkpoint) of the network that the flags describe, as if a run had saved it."""
+    flags, state = args.network, {}
+    flags.data_root = args.data_root or os.environ.get("DATA_ROOT", "data")
+    flags.seed, flags.val_classes = (args.seed or [0])[0], 0
+    flags.batch_size = 1                             # of training: there is none
+    if flags.weights not in ("imagenet", "none"):
+        state = common.pretrained(flags.arch, flags.weights)
+    whole = "head.weight" in state
+    model = common.new_member(flags, "cpu", weights="none" if whole else None)
+    if whole:
+        common.load_weights(model, state, flags.arch, flags.weights)
+    alerts = [] if whole else [f"the embedding layer is random: --weights {flags.weights} has no "
+                               f"head.weight"]
+    return (f"{flags.arch} {Path(flags.weights).stem}",
+            {"args": vars(flags), "members": [model.state_dict()], "proxies": [],
+             "warnings": alerts})
+
+
 def outcome_of(run, checkpoint, args, device):
     """{"clean", "found": [(attack, entries)], "warnings", "undefended"} of a run: what its
-    results.json has already is read, the rest is measured and stored there."""
+    results.json has already is read, the rest is measured and stored there, attack by attack."""
     flags = argparse.Namespace(**checkpoint["args"])
     attacks, results = attacks_of(args, flags.seed), stored_results(run, checkpoint)
-    fresh = args.overwrite or args.dry_run or not results
-    known = [[] if fresh else known_entries(results["robust"], attack, args) for attack in attacks]
+    known = [known_entries(results["robust"], attack, args) if results else []
+             for attack in attacks]
+    if args.save_embeddings and known[0]:
+        print(f"{run}: attacked again for --save-embeddings")
+    if args.overwrite or args.dry_run or args.save_embeddings:
+        known = [[] for _ in attacks]
     missing = [attack for attack, entries in zip(attacks, known) if not entries]
+    measured = []
+
+    def done(retrieval, attack, entries):
+        if results and not same_images(results["clean"], entries[0]):
+            for entry in entries:                              # what it compares with
+                entry["clean"] = retrieval.by_rule.get(entry["rule"], {})
+        if results and not args.dry_run:
+            store_entries(Path(run) / "results.json", attack, entries, args)
+        measured.append(entries)
+
     if missing:
-        outcome = evaluate_run(checkpoint, flags, missing, args, device)
-        if results and not same_images(results["clean"], outcome["robust"][0]):
-            for entry in outcome["robust"]:                    # what it compares with
-                entry["clean"] = outcome["clean"]["by_rule"].get(entry["rule"], {})
-        measured = [common.entries_of(outcome["robust"], attack, amp=args.amp)
-                    for attack in missing]
-        if results is not None and not args.dry_run:
-            same = [entry for attack in missing for entry in common.entries_of(
-                results["robust"], attack, outcome["clean"]["n_queries"], args.amp)]
-            results["robust"] = [entry for entry in results["robust"]
-                                 if entry not in same] + outcome["robust"]
-            common.write_atomic(Path(run) / "results.json", json.dumps(results, indent=1).encode())
-        clean, alerts = outcome["clean"], outcome["warnings"]
+        clean, alerts = evaluate_run(checkpoint, flags, missing, args, device, done)
     else:
-        measured, clean, alerts = [], results["clean"], results["warnings"]
+        clean, alerts = results["clean"], results["warnings"]
         if not same_images(clean, known[0][0]):
             clean = {**clean, "by_rule": {entry["rule"]: entry.get("clean", {})
                                           for entry in known[0]}}
     rest = iter(measured)
     return {"clean": clean, "warnings": alerts, "undefended": (results or {}).get("undefended"),
             "found": [(attack, entries or next(rest)) for attack, entries in zip(attacks, known)]}
+
+
+def store_entries(path, attack, entries, args):
+    """Add an attack's entries to results.json as it is now: others may have added to it."""
+    results = common.read_json(path)
+    same = common.entries_of(results["robust"], attack, entries[0]["n_queries"], args.amp)
+    if args.overwrite or not same:
+        kept = [entry for entry in results["robust"] if entry not in same]
+        results["robust"] = kept + entries
+        common.write_atomic(path, json.dumps(results, indent=1).encode())
 
 
 def same_images(clean, entry):
@@ -1398,8 +1525,8 @@ def has_checkpoint(run):
 
 
 def stored_results(run, checkpoint):
-    """A finished run's results.json; None for a bare checkpoint or an unfinished run."""
-    if not Path(run).is_dir():
+    """A finished run's results.json; None for a bare checkpoint, an unfinished run or no run."""
+    if "epoch" not in checkpoint or not Path(run).is_dir():
         return None
     if checkpoint["epoch"] < checkpoint["args"]["epochs"]:
         print(f"{run}: {checkpoint['epoch']} of {checkpoint['args']['epochs']} epochs are done; "
@@ -1417,19 +1544,65 @@ def known_entries(robust, attack, args):
                 else not limit or entry["n_queries"] <= limit)]
 
 
-def evaluate_run(checkpoint, flags, attacks, args, device):
-    """{"clean", "robust", "warnings"} of a run's members on the images it reports on."""
+def evaluate_run(checkpoint, flags, attacks, args, device, done):
+    """(clean, warnings) of a run's members on the images it reports on; every attack's entries go
+    to done(retrieval, attack, entries) as soon as it is finished."""
     members, test = open_run(checkpoint, flags, args, device)
     proxies = [own.to(device) for own in checkpoint["proxies"]] or None
-    passes = len(test) * len(members) * (2 + sum(
-        passes_of(attack, len(members), bool(proxies)) for attack in attacks))
+    passes = [1, *(1 + passes_of(attack, len(members), bool(proxies)) for attack in attacks)]
     print(f"{flags.dataset}: {len(test)} images, {len(members)} networks, "
-          f"{', '.join(map(str, attacks))}: at most {passes:,} passes", flush=True)
-    clean, robust, alerts = common.evaluate_set(
+          f"{', '.join(map(str, attacks))}: at most {len(test) * len(members) * sum(passes):,} "
+          f"passes", flush=True)
+    spent = [0.0]                                    # seconds for each of `passes` so far
+
+    def entries(retrieval, attack):
+        spent[0], number = retrieval.seconds, len(spent)
+        left = sum(spent) / sum(passes[:number]) * sum(passes[number:])
+        stops_early = any(other.attack == "cw" for other in attacks[number - 1:])
+        print(f"attack {number} of {len(attacks)}, {'at most' if stops_early else 'about'} "
+              f"{duration(left)} left", flush=True)
+        found = attack_entries(retrieval, attack, proxies)
+        spent.append(found[0]["seconds"])
+        done(retrieval, attack, found)
+        if args.save_embeddings and not args.dry_run:
+            save_embeddings(args.save_embeddings, retrieval, attack, test, flags.data_root)
+        return found
+
+    clean, _, alerts = common.evaluate_set(
         members, test, attacks, batch_size=args.batch_size, workers=args.workers, device=device,
-        ks=common.KS.get(flags.dataset, (1, 2, 4, 8)), seed=flags.seed,
-        entries=lambda retrieval, attack: attack_entries(retrieval, attack, proxies))
-    return {"clean": clean, "robust": robust, "warnings": alerts}
+        ks=common.KS.get(flags.dataset, (1, 2, 4, 8)), seed=flags.seed, entries=entries)
+    return clean, alerts
+
+
+def save_embeddings(path, retrieval, attack, test, root):
+    """Write the embeddings of a retrieval as plain NumPy arrays (README, "Evaluate")."""
+    def stacked(embeddings):
+        return torch.stack(embeddings).cpu().numpy()
+
+    def names(dataset):
+        return [name if dataset.generated else Path(os.path.relpath(name, root)).as_posix()
+                for name in dataset.paths]
+
+    attacked, gallery = retrieval.attacked
+    arrays = {"clean": stacked(retrieval.clean), "attacked": stacked(attacked),
+              "labels": test.labels, "paths": names(test), "classes": test.classes,
+              "attack": json.dumps(attack.entry())}
+    if test.gallery is not None:
+        arrays |= {"gallery": stacked(retrieval.gallery), "gallery_labels": test.gallery.labels,
+                   "gallery_paths": names(test.gallery)}
+        if attack.protocol == "clustering":                    # attacked too
+            arrays["gallery_attacked"] = stacked(gallery)
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    common.write_atomic(Path(path), content.getvalue())
+    print(f"wrote {path}")
+
+
+def duration(seconds):
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def open_run(checkpoint, flags, args, device):
@@ -1454,6 +1627,8 @@ def passes_of(attack, count=1, proxies=False):
         return 3 * attack.steps
     if attack.attack == "square":
         return attack.steps + 1
+    if attack.attack == "curve":
+        return len(RADII) * 3 * attack.steps * attack.restarts
     if attack.attack == "cw":
         return CW_ROUNDS * (3 * attack.steps + 1)
     if attack.protocol == "ers":

@@ -329,7 +329,7 @@ def test_the_worst_of_sets_is_one_attack_for_each_figure(members, rules, monkeyp
 @pytest.mark.parametrize("arguments, objective, steps", [
     ({}, "shift", 10), ({"protocol": "template", "attack": "cw"}, "shift", 10),
     ({"attack": "square"}, "impostor", 200),
-    ({"attack": "square", "objective": "shift", "steps": 3}, "shift", 3)])
+    ({"attack": "square", "objective": "push-mean", "steps": 3}, "push-mean", 3)])
 def test_what_evaluate_robustness_takes_unasked(arguments, objective, steps):
     (entry,) = evaluate_robustness(network(), *noisy_classes(2, 2), **arguments)["robust"]
     assert (entry["objective"], entry["steps"]) == (objective, steps)

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: MIT
+"""Every defense on glyphs, three seeds each, in one table under every protocol.
+
+    python results/all_defenses.py                  # each method with its own recipe
+    python results/all_defenses.py --matched        # the same epochs, batches and attack for all
+    python results/all_defenses.py --print          # only show the commands
+
+Trains what is missing (runs/), attacks what is missing (results.json of each run) and writes
+results/all-defenses-glyphs.{md,json} or results/matched-defenses-glyphs.{md,json}. Interrupt it
+and start it again at any time: epochs, and attacks that are stored, are not repeated.
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFENSES = {                                    # name of the run: what trains it
+    "natural": "baselines.py --method natural",
+    "at": "baselines.py --method at",
+    "mixup": "baselines.py --method mixup",
+    "iat": "baselines.py --method iat",
+    "trades": "baselines.py --method trades",
+    "ensemble": "baselines.py --method ensemble",
+    "eat": "eat.py",
+    "eat-nosplit": "eat.py --no-split",
+    "panum-rate0": "panum_at.py --attack-rate 0",
+    "panum": "panum_at.py",
+    "panum-triplet-rate0": "panum_at.py --loss triplet --attack-rate 0",
+    "panum-triplet": "panum_at.py --loss triplet",
+    "hm-softhard-softhard": "hardness_manipulation.py --destination softhard",
+    "est": "baselines.py --method est",
+    "act": "baselines.py --method act",
+    "hm-softhard-lga-ics": "hardness_manipulation.py --ics",
+}
+# Matched: the same network, epochs, images per step and attack. The learning rate, and the epochs
+# without an attack that triplets need when they start from random numbers, stay the method's own.
+MATCHED = "--epochs 16 --batch-size 30 --eps 8/255 --step-size 2/255 --attack-steps 4"
+TRIPLETS = ("est", "act", "panum", "panum-triplet", "hm-softhard-lga-ics")
+EVALUATION = "--protocol all --eps 8/255 --attack-steps 10 --limit-queries 200 --workers 0"
+TABLE = "--rules vote concat member_1 distance --table"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--matched", action="store_true", help="one recipe for all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
+    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--print", action="store_true", help="show the commands and run none")
+    args = parser.parse_args()
+    prefix, table = ("matched-", "matched-defenses-glyphs") if args.matched else \
+        ("", "all-defenses-glyphs")
+    jobs = []                                                # each: its commands, one by one
+    for name, command in DEFENSES.items():
+        for seed in args.seeds:
+            run = f"runs/{prefix}{name}-glyphs-convnet-s{seed}"
+            train = f"{command} --seed {seed} --out {run} --resume"
+            if args.matched:
+                train += f" {MATCHED}" + " --benign-epochs 8" * (name in TRIPLETS)
+            jobs.append([train, f"eval.py {run} {EVALUATION}"])
+    patterns = " ".join(f"'runs/{prefix}{name}-glyphs-convnet-s*'" for name in DEFENSES)
+    last = f"eval.py {patterns} {EVALUATION} {TABLE} results/{table}"
+    if args.print:
+        print(*(f"python {command}" for job in [*jobs, [last]] for command in job), sep="\n")
+        return
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for _ in pool.map(lambda job: [run_command(command) for command in job], jobs):
+            pass
+    run_command(last)
+
+
+def run_command(command):
+    """Run one of our scripts at the root; what it prints goes to runs/all_defenses.log."""
+    print(f"python {command}", flush=True)
+    with open(ROOT / "runs" / "all_defenses.log", "a") as log:
+        subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, check=True, stdout=log,
+                       stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1",
+                                        "OMP_WAIT_POLICY": "passive"})
+
+
+if __name__ == "__main__":
+    main()
