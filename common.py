@@ -1650,10 +1650,11 @@ class Attack:
     image, unless the objective
     measures the distance to that. cw: Carlini & Wagner; steps (50) of Adam at learning rate
     step_size (eps / 10), projected to eps. min-eps: the smallest radius up to eps (32 / 255).
+    alone: each member of an ensemble by itself, instead of the sum over all of them.
     """
 
     def __init__(self, protocol="clustering", attack="pgd", objective=None, eps=None,
-                 step_size=None, steps=None, restarts=1, random_start=True, seed=0):
+                 step_size=None, steps=None, restarts=1, random_start=True, seed=0, alone=False):
         template, known = protocol == "template", OBJECTIVES.get(protocol, ())
         objective = objective or next(iter(known), None)
         for what, value, choice in (("protocol", protocol, PROTOCOLS), ("attack", attack, ATTACKS)):
@@ -1691,6 +1692,7 @@ class Attack:
         self.protocol, self.attack, self.objective = protocol, attack, objective
         self.eps, self.step_size, self.steps = eps, step_size, steps
         self.restarts, self.random_start, self.seed = restarts, random_start, seed
+        self.alone = alone
 
     def entry(self):
         """The attack as it stands in results.json."""
@@ -1700,16 +1702,16 @@ class Attack:
                 "restarts": self.restarts, "random_start": self.random_start, "seed": self.seed}
 
     def words(self):
-        """Protocol, objective, attack and radius, to be read."""
+        """Protocol, objective, attack and radius, to be read; and "alone"."""
         name = {"pgd": f"PGD-{self.steps}", "fgsm": "FGSM", "cw": f"C&W-{self.steps}",
                 "min-eps": f"smallest eps, PGD-{self.steps}"}[self.attack]
         radius = f"{'up to' if self.attack == 'min-eps' else 'eps'} {self.eps * 255:.3g}/255"
         objective = {"ers": "ERS", "ers-authors": "ERS(authors)"}.get(self.objective, self.objective)
-        return self.protocol, objective, name, radius
+        return self.protocol, objective, name, radius, *["alone"] * self.alone
 
     def __str__(self):
-        protocol, objective, name, radius = self.words()
-        return f"{protocol}: {objective} {name}, {radius}"
+        protocol, objective, *rest = self.words()
+        return f"{protocol}: {objective} {', '.join(rest)}"
 
 
 class Retrieval:
@@ -2449,11 +2451,14 @@ def report(results, label, test, args, protocols=("clustering",)) -> None:
 
 
 def entries_of(robust: list[dict], attack: Attack, n_queries=None, amp=False) -> list[dict]:
-    """The entries of results.json that this attack made, one per inference rule."""
+    """The entries of results.json that this attack made, one per inference rule.
+
+    Those of members that were attacked alone name the member in "against".
+    """
     wanted = {**attack.entry(), "amp": amp}
     wanted |= {} if n_queries is None else {"n_queries": n_queries}
-    return [entry for entry in robust
-            if all(entry[name] == value for name, value in wanted.items())]
+    return [entry for entry in robust if ("against" in entry) == attack.alone
+            and all(entry[name] == value for name, value in wanted.items())]
 
 
 def results_table(results: dict, label: str, rules=None) -> list[dict]:

@@ -18,6 +18,7 @@ A run's folder gets its new entries in results.json; one that is there already i
 """
 
 import argparse
+import copy
 import csv
 import glob
 import itertools
@@ -145,7 +146,21 @@ def attack_entries(retrieval, attack):
     """The entries of results.json of any attack, one per inference rule."""
     if attack.protocol == "ers":
         return [ers_entry(retrieval, attack)]
+    if attack.alone:
+        return member_entries(retrieval, attack)
     return common.attack_entries(retrieval, attack, *plan(retrieval, attack))
+
+
+def member_entries(retrieval, attack):
+    """Every member attacked alone: its entry, "against" that member."""
+    found = []
+    for i in range(len(retrieval.models)):
+        own, name = copy.copy(retrieval), f"member_{i + 1}"
+        own.models, own.clean = retrieval.models[i:i + 1], retrieval.clean[i:i + 1]
+        own.gallery = retrieval.gallery and retrieval.gallery[i:i + 1]
+        (entry,) = common.attack_entries(own, attack, *plan(own, attack))
+        found.append({**entry, "rule": name, "against": name})
+    return found
 
 
 def plan(retrieval, attack):
@@ -593,6 +608,13 @@ def parse_args(argv=None):
                         help="keep the best of so many, image by image")
     attack.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
                         help="start uniformly in the ball")
+    attack.add_argument("--sweep-eps", type=common.fraction, nargs="*", default=None, metavar="EPS",
+                        help="attack at each of these radii (no values: 0 2 4 8 16 32 64 /255)")
+    attack.add_argument("--sweep-steps", type=common.number(int, 1), nargs="*", default=None,
+                        metavar="N", help="attack with each of these numbers of steps (no values: "
+                        "1 2 5 10 20 50); the default step size of template shrinks with them")
+    attack.add_argument("--per-member", action="store_true",
+                        help="attack every member of an ensemble alone, too: rows 'member_1 alone'")
     attack.add_argument("--seed", type=common.number(int, 0, 2**32 - 1), nargs="+", default=None,
                         help="of the attack; with several, tables show their mean (default: the "
                              "run's)")
@@ -639,9 +661,24 @@ def parse_args(argv=None):
         if getattr(args, flag) and not args.table:
             parser.error(f"--{flag} needs --table NAME")
     if args.protocol == "ers" and (args.attack or args.objective or args.min_eps
-                                   or args.restarts > 1):
-        parser.error("--protocol ers brings its own attacks: drop --attack, --objective, --min-eps "
-                     "and --restarts")
+                                   or args.restarts > 1 or args.sweep_eps is not None
+                                   or args.sweep_steps is not None or args.per_member
+                                   or args.figures):
+        parser.error("--protocol ers brings its own attacks: drop --attack, --objective, "
+                     "--min-eps, --restarts, --sweep-eps, --sweep-steps, --per-member and "
+                     "--figures")
+    if args.sweep_eps == []:
+        args.sweep_eps = [number / 255 for number in (0, 2, 4, 8, 16, 32, 64)]
+    if args.sweep_steps == []:
+        args.sweep_steps = [1, 2, 5, 10, 20, 50]
+    for flag, values, other, own in (
+            ("--sweep-eps", args.sweep_eps, "--eps", args.eps),
+            ("--sweep-steps", args.sweep_steps, "--attack-steps", args.attack_steps)):
+        if values and (len(set(values)) < 2 or own is not None or args.min_eps or args.per_member):
+            parser.error(f"{flag} takes two values or more, and not {other}, --min-eps or "
+                         f"--per-member beside it: drop these")
+    if args.sweep_steps and "fgsm" in (args.attack or []):
+        parser.error("--sweep-steps: fgsm has one step; drop it from --attack")
     if args.ers_variant == "authors" and args.protocol != "ers":
         parser.error("--ers-variant belongs to --protocol ers: drop it")
     if args.template_target == "self" and (args.protocol != "template" or
@@ -651,16 +688,22 @@ def parse_args(argv=None):
     return args
 
 
-def attacks_of(args, seed):
-    """The attacks that the flags ask for, on a run with this seed."""
+def attacks_of(args, seed, swept=True):
+    """The attacks that the flags ask for, on a run with this seed; swept False: but no sweep."""
     names = (args.attack or ([] if args.min_eps else ["pgd"])) + ["min-eps"] * args.min_eps
     objectives = ["self"] if args.template_target == "self" else args.objective or [None]
     if args.ers_variant == "authors":
         objectives = ["ers-authors"]
-    return [common.Attack(args.protocol, name, objective, eps, args.step_size, args.attack_steps,
-                          args.restarts, args.random_start, of_attack)
-            for objective in objectives for name in names for eps in args.eps or [None]
-            for of_attack in args.seed or [seed]]
+    radii, counts = args.eps or [None], [args.attack_steps]
+    grids = [(args.sweep_eps, counts), (radii, args.sweep_steps)] if swept else []
+    grids = [grid for grid in grids if all(grid)] or [(radii, counts)]
+    found = [common.Attack(args.protocol, name, objective, eps, args.step_size, steps,
+                           args.restarts, args.random_start, of_attack, alone)
+             for alone in (False, True)[:1 + args.per_member] for radii, counts in grids
+             for objective in objectives for name in names for eps in radii for steps in counts
+             for of_attack in args.seed or [seed]]
+    unique = {(*attack.entry().values(), attack.alone): attack for attack in found}
+    return list(unique.values())                     # two sweeps share an attack
 
 
 def inference_rule(text):
@@ -684,6 +727,10 @@ def main(args):
     checkpoints = [common.load_checkpoint(run) for run in runs]           # all, before any work
     if not runs:
         raise UserError("no run has a checkpoint yet: wait for its first epoch")
+    for run, checkpoint in zip(runs, checkpoints):
+        if args.per_member and len(checkpoint["members"]) < 2:
+            raise UserError(f"--per-member attacks the members of ensembles: {run} has one "
+                            f"network; drop this run or the flag")
     device = common.pick_device(args.device, args.deterministic)
     if args.figures:
         pyplot()                                                          # installed?
@@ -727,7 +774,8 @@ def main(args):
     if args.into:
         insert_table(Path(args.into), args.table, table_markdown(content))
     if args.figures:
-        draw_figures(Path(args.figures), runs, checkpoints, attacks[0], args, device)
+        attack = attacks_of(args, 0, swept=False)[0]
+        draw_figures(Path(args.figures), runs, checkpoints, attack, args, device)
 
 
 def outcome_of(run, checkpoint, args, device):
@@ -743,7 +791,8 @@ def outcome_of(run, checkpoint, args, device):
         if results and not same_images(results["clean"], outcome["robust"][0]):
             for entry in outcome["robust"]:                    # what it compares with
                 entry["clean"] = outcome["clean"]["by_rule"].get(entry["rule"], {})
-        measured = [common.entries_of(outcome["robust"], attack) for attack in missing]
+        measured = [common.entries_of(outcome["robust"], attack, amp=args.amp)
+                    for attack in missing]
         if results is not None and not args.dry_run:
             same = [entry for attack in missing for entry in common.entries_of(
                 results["robust"], attack, outcome["clean"]["n_queries"], args.amp)]
@@ -773,8 +822,9 @@ def rows_of(clean, found, label, rules=None):
     for attack, entries in found:
         by_attack.setdefault(attack.words(), []).append((attack.seed, entries))
     for words, seeds in by_attack.items():
-        tables = [common.results_table({"clean": clean, "robust": entries}, label, rules)
-                  for _, entries in seeds]
+        tables = [common.results_table({"clean": clean, "robust": entries}, label,
+                                       [entry["rule"] for entry in entries] if "alone" in words
+                                       else rules) for _, entries in seeds]
         for same in zip(*tables):
             scores = spread([row["attacked"] for row in same])
             rows.append({**same[0], "attack": words, "attack_seeds": [seed for seed, _ in seeds],
@@ -786,7 +836,7 @@ def rows_of(clean, found, label, rules=None):
 def title_of(attacks):
     """What all attacks share in words, and what is left to say of each: (title, {words: rest})."""
     every = list(dict.fromkeys(attack.words() for attack in attacks))
-    shared = [len(set(column)) == 1 for column in zip(*every)]
+    shared = [len(set(column)) == 1 for column in itertools.zip_longest(*every)]
     title = str(attacks[0]) if all(shared) else ": ".join(filter(None, [
         attacks[0].protocol,
         ", ".join(word for word, same in zip(every[0][1:], shared[1:]) if same)]))
