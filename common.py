@@ -1495,13 +1495,14 @@ def embed(models, batches) -> list[Tensor]:
 
 
 def attack_embeddings(models, batches, make_objective, *, eps, step_size, steps, restarts=1,
-                      random_start=True, seed=0, attacked=None, craft=None) -> list[Tensor]:
+                      random_start=True, seed=0, attacked=None, craft=None,
+                      watch=None) -> list[Tensor]:
     """The embeddings (n, D) of every model after ONE attack on all of them.
 
     batches: (images, labels, rows) in order. make_objective(rows) gives the objective to maximise
     for those images. restarts: the one with the highest objective is kept, per image; restart r
     draws the same start whatever their number. attacked: bool (n,), the others stay clean.
-    craft(objective, images, rows): another attack than pgd.
+    craft(objective, images, rows): another attack than pgd. watch(images, rows) sees the result.
     """
     outputs = [[] for _ in models]
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
@@ -1525,6 +1526,8 @@ def attack_embeddings(models, batches, make_objective, *, eps, step_size, steps,
                 best_value = torch.maximum(value, best_value)
             if attacked is not None:
                 best = torch.where(attacked[rows].view(-1, 1, 1, 1), best, images)
+            if watch:
+                watch(best, rows)
             with torch.no_grad():
                 for output, model in zip(outputs, models):
                     output.append(model(best).float())
@@ -1740,11 +1743,11 @@ class Retrieval:
                                gallery_labels=self.gallery_labels)
 
 
-def attacked_embeddings(retrieval, attack, aim=None, craft=None):
+def attacked_embeddings(retrieval, attack, aim=None, craft=None, watch=(None, None)):
     """The attacked embeddings of the queries and the gallery that they meet, per model.
 
     aim: (make_objective, attacked) where the objective is none of "shift", "neighbour"; craft: the
-    attack where it is not pgd (attack_embeddings).
+    attack where it is not pgd; watch: of the queries, of the gallery (attack_embeddings).
     """
     settings = dict(eps=attack.eps, step_size=attack.step_size, steps=attack.steps,
                     restarts=attack.restarts, random_start=attack.random_start, seed=attack.seed,
@@ -1753,14 +1756,15 @@ def attacked_embeddings(retrieval, attack, aim=None, craft=None):
         aim = neighbour_objectives(retrieval)
     make_objective, attacked = aim or (shift_objectives(retrieval), None)
     embeddings = attack_embeddings(retrieval.models, retrieval.batches(), make_objective,
-                                   attacked=attacked, **settings)
+                                   attacked=attacked, watch=watch[0], **settings)
     if attack.protocol == "template":
         own = retrieval.gallery is None                                  # row i is not a candidate
         return embeddings, retrieval.clean if own else retrieval.gallery
     if retrieval.gallery is None:
         return embeddings, None                                          # among themselves
     return embeddings, attack_embeddings(retrieval.models, retrieval.gallery_batches(),
-                                         shift_objectives(retrieval, retrieval.gallery), **settings)
+                                         shift_objectives(retrieval, retrieval.gallery),
+                                         watch=watch[1], **settings)
 
 
 def attack_entries(retrieval, attack, aim=None, craft=None, extra=None) -> list[dict]:
