@@ -25,7 +25,7 @@ from test_scripts import (  # noqa: F401
 import common
 import eval as evaluator
 
-RADII = ("0", "8/255", "64/255")
+RADII = ("0", "64/255", "8/255")
 
 
 @pytest.fixture(scope="session")
