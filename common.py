@@ -1499,13 +1499,14 @@ def embed(models, batches) -> list[Tensor]:
 
 
 def attack_embeddings(models, batches, make_objective, *, eps, step_size, steps, restarts=1,
-                      random_start=True, seed=0, attacked=None, craft=None) -> list[Tensor]:
+                      random_start=True, seed=0, attacked=None, craft=None,
+                      watch=None) -> list[Tensor]:
     """The embeddings (n, D) of every model after ONE attack on all of them.
 
     batches: (images, labels, rows) in order. make_objective(rows) gives the objective to maximise
     for those images. restarts: the one with the highest objective is kept, per image; restart r
     draws the same start whatever their number. attacked: bool (n,), the others stay clean.
-    craft(objective, images, rows): another attack than pgd.
+    craft(objective, images, rows): another attack than pgd. watch(images, rows) sees the result.
     """
     outputs = [[] for _ in models]
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
@@ -1529,6 +1530,8 @@ def attack_embeddings(models, batches, make_objective, *, eps, step_size, steps,
                 best_value = torch.maximum(value, best_value)
             if attacked is not None:
                 best = torch.where(attacked[rows].view(-1, 1, 1, 1), best, images)
+            if watch:
+                watch(best, rows)
             with torch.no_grad():
                 for output, model in zip(outputs, models):
                     output.append(model(best).float())
@@ -1669,11 +1672,12 @@ class Attack:
     where Recall@1 is half of its clean value. strong: the frozen recipe strong-1, 20 steps of
     eps / 4, halved twice, the best iterate of two starts (joint: the last of one); its numbers are
     eps and seed alone.
+    alone: each member of an ensemble by itself, instead of the sum over all of them.
     """
 
     def __init__(self, protocol="clustering", attack="pgd", objective=None, eps=None,
                  step_size=None, steps=None, restarts=1, random_start=True, seed=0, against="sum",
-                 attacker_share=100.0):
+                 attacker_share=100.0, alone=False):
         template, known = protocol == "template", OBJECTIVES.get(protocol, ())
         attack = "strong-1" if attack == "strong" else attack
         objective = objective or {
@@ -1751,7 +1755,7 @@ class Attack:
         self.protocol, self.attack, self.objective = protocol, attack, objective
         self.eps, self.step_size, self.steps = eps, step_size, steps
         self.restarts, self.random_start, self.seed = restarts, random_start, seed
-        self.against, self.attacker_share = against, attacker_share
+        self.against, self.attacker_share, self.alone = against, attacker_share, alone
 
     def entry(self):
         """The attack as it stands in results.json."""
@@ -1762,7 +1766,7 @@ class Attack:
                 "against": self.against, "attacker_share": self.attacker_share}
 
     def words(self):
-        """Protocol, objective, attack and radius, to be read."""
+        """Protocol, objective, attack and radius, to be read; and "alone"."""
         name = {"pgd": f"PGD-{self.steps}", "fgsm": "FGSM", "cw": f"C&W-{self.steps}",
                 "min-eps": f"smallest eps, PGD-{self.steps}", "square": f"Square-{self.steps}",
                 "curve": f"curve of PGD-{self.steps}", "strong-1": "strong-1"}[self.attack]
@@ -1773,11 +1777,11 @@ class Attack:
         objective = {"ers": "ERS", "ers-authors": "ERS(authors)"}.get(self.objective,
                                                                       self.objective)
         objective += f" against {self.against}" if self.against != "sum" else ""
-        return self.protocol, objective, name, radius
+        return self.protocol, objective, name, radius, *["alone"] * self.alone
 
     def __str__(self):
-        protocol, objective, name, radius = self.words()
-        return f"{protocol}: {objective} {name}, {radius}"
+        protocol, objective, *rest = self.words()
+        return f"{protocol}: {objective} {', '.join(rest)}"
 
 
 class Retrieval:
@@ -1809,11 +1813,11 @@ class Retrieval:
                                gallery_labels=self.gallery_labels)
 
 
-def attacked_embeddings(retrieval, attack, aim=None, craft=None):
+def attacked_embeddings(retrieval, attack, aim=None, craft=None, watch=(None, None)):
     """The attacked embeddings of the queries and the gallery that they meet, per model.
 
     aim: (make_objective, attacked) where the objective is none of "shift", "neighbour"; craft: the
-    attack where it is not pgd (attack_embeddings).
+    attack where it is not pgd; watch: of the queries, of the gallery (attack_embeddings).
     """
     settings = dict(eps=attack.eps, step_size=attack.step_size, steps=attack.steps,
                     restarts=attack.restarts, random_start=attack.random_start, seed=attack.seed,
@@ -1822,14 +1826,15 @@ def attacked_embeddings(retrieval, attack, aim=None, craft=None):
         aim = neighbour_objectives(retrieval)
     make_objective, attacked = aim or (shift_objectives(retrieval), None)
     embeddings = attack_embeddings(retrieval.models, retrieval.batches(), make_objective,
-                                   attacked=attacked, **settings)
+                                   attacked=attacked, watch=watch[0], **settings)
     if attack.protocol == "template":
         own = retrieval.gallery is None                                  # row i is not a candidate
         return embeddings, retrieval.clean if own else retrieval.gallery
     if retrieval.gallery is None:
         return embeddings, None                                          # among themselves
     return embeddings, attack_embeddings(retrieval.models, retrieval.gallery_batches(),
-                                         shift_objectives(retrieval, retrieval.gallery), **settings)
+                                         shift_objectives(retrieval, retrieval.gallery),
+                                         watch=watch[1], **settings)
 
 
 def attack_entries(retrieval, attack) -> list[dict]:
@@ -2534,10 +2539,16 @@ def report(results, label, test, args, protocols=("clustering",)) -> None:
 
 
 def entries_of(robust: list[dict], attack: Attack, n_queries=None, amp=False) -> list[dict]:
-    """The entries of results.json that this attack made, one per inference rule."""
+    """The entries of results.json that this attack made, one per inference rule.
+
+    Those of members that were attacked alone name the member in "against".
+    """
     wanted = {**attack.entry(), "amp": amp}
     wanted |= {} if n_queries is None else {"n_queries": n_queries}
-    earlier = {"against": "sum", "attacker_share": 100.0}        # not named in older entries
+    wanted |= {"alone": attack.alone}
+    if attack.alone:
+        del wanted["against"]                        # names the member there
+    earlier = {"against": "sum", "attacker_share": 100.0, "alone": False}     # unnamed before
     return [entry for entry in robust
             if all({**earlier, **entry}[name] == value for name, value in wanted.items())]
 

@@ -10,6 +10,7 @@
     python eval.py runs/* --protocol template --attack pgd fgsm cw --eps 0.01 0.05 --seed 0 1 2
     python eval.py runs/eat-glyphs-* --table results/eat-glyphs    # mean and std over seeds
     python eval.py --arch resnet18 --weights net.pt --dataset cub    # no run
+    python eval.py runs/eat-glyphs-* --sweep-eps --figures figures    # Recall@1 over eps, and more
     from eval import evaluate_robustness                    # your own model: README
 
 Protocols: "clustering" attacks every image and compares attacked images (Ke, arXiv 2501.01025);
@@ -20,6 +21,7 @@ that is there already is read back.
 """
 
 import argparse
+import copy
 import csv
 import glob
 import io
@@ -156,6 +158,8 @@ def attack_entries(retrieval, attack, proxies=None):
     """
     if attack.protocol == "ers":
         return [ers_entry(retrieval, attack)]
+    if attack.alone:
+        return member_entries(retrieval, attack, proxies)
     if attack.objective == "worst":
         return worst_entries(retrieval, attack, proxies)
     if attack.attack == "curve":
@@ -163,6 +167,20 @@ def attack_entries(retrieval, attack, proxies=None):
     started = time.perf_counter()
     embeddings, gallery, more = attacked(retrieval, attack, proxies)
     return common.scored_entries(retrieval, attack, embeddings, gallery, started, more)
+
+
+def member_entries(retrieval, attack, proxies=None):
+    """Every member attacked alone: its entry, "against" that member."""
+    found = []
+    for i in range(len(retrieval.models)):
+        own, name = copy.copy(retrieval), f"member_{i + 1}"
+        own.models, own.clean = retrieval.models[i:i + 1], retrieval.clean[i:i + 1]
+        own.gallery = retrieval.gallery and retrieval.gallery[i:i + 1]
+        started = time.perf_counter()
+        embeddings, gallery, more = attacked(own, attack, proxies and proxies[i:i + 1])
+        (entry,) = common.scored_entries(own, attack, embeddings, gallery, started, more)
+        found.append({**entry, "rule": name, "against": name, "alone": True})
+    return found
 
 
 def attacked(retrieval, attack, proxies=None):
@@ -1114,6 +1132,13 @@ def parse_args(argv=None):
                         help="keep the best of so many, image by image")
     attack.add_argument("--random-start", action=argparse.BooleanOptionalAction, default=True,
                         help="start uniformly in the ball")
+    attack.add_argument("--sweep-eps", type=common.fraction, nargs="*", default=None, metavar="EPS",
+                        help="attack at each of these radii (no values: 0 2 4 8 16 32 64 /255)")
+    attack.add_argument("--sweep-steps", type=common.number(int, 1), nargs="*", default=None,
+                        metavar="N", help="attack with each of these numbers of steps (no values: "
+                        "1 2 5 10 20 50); the default step size of template shrinks with them")
+    attack.add_argument("--per-member", action="store_true",
+                        help="attack every member of an ensemble alone, too: rows 'member_1 alone'")
     attack.add_argument("--seed", type=common.number(int, 0, 2**32 - 1), nargs="+", default=None,
                         help="of the attack; with several, tables show their mean (default: the "
                              "run's; 0 without RUN)")
@@ -1152,8 +1177,10 @@ def parse_args(argv=None):
                         help="a CSV of published figures, whose first column names rows of "
                              "--table: its other columns stand beside them")
     output.add_argument("--figures", default=None, metavar="DIR",
-                        help="draw embeddings before and after the first attack, and the curves of "
-                             "--eval-every, if there are any (needs matplotlib)")
+                        help="draw embeddings, their shift and nearest neighbours before and after "
+                             "the first attack, the curves of --eval-every, if there are any, and "
+                             "those of --sweep-eps, --sweep-steps, --per-member (needs matplotlib; "
+                             "scikit-learn for t-SNE)")
     output.add_argument("--save-embeddings", default=None, metavar="FILE.npz",
                         help="of the clean and the attacked test images, with labels and paths; of "
                              "one run and one attack")
@@ -1178,18 +1205,34 @@ def parse_args(argv=None):
         if getattr(args, flag) and not args.table:
             parser.error(f"--{flag} needs --table NAME")
     if args.protocol == "ers" and (args.attack or args.objective or args.min_eps
-                                   or args.restarts > 1):
-        parser.error("--protocol ers brings its own attacks: drop --attack, --objective, --min-eps "
-                     "and --restarts")
+                                   or args.restarts > 1 or args.sweep_eps is not None
+                                   or args.sweep_steps is not None or args.per_member
+                                   or args.figures):
+        parser.error("--protocol ers brings its own attacks: drop --attack, --objective, "
+                     "--min-eps, --restarts, --sweep-eps, --sweep-steps, --per-member and "
+                     "--figures")
     given = [f"--{name.replace('_', '-')}" for name in (
         "objective", "min_eps", "restarts", "against", "attacker_share", "template_target",
-        "step_size") if getattr(args, name) != parser.get_default(name)]
+        "step_size", "sweep_eps", "sweep_steps",
+        "per_member") if getattr(args, name) != parser.get_default(name)]
     if args.protocol == "all" and (given or args.attack not in (None, ["strong"]) or
                                    len(args.eps or [0]) > 1 or not args.random_start):
         parser.error(f"--protocol all has its own attacks; it takes one --eps, --attack-steps, "
                      f"--attack strong and --seed: drop {', '.join(given) or 'the others'}")
     if args.protocol == "all":
         args.metrics = args.metrics or ["R@1", "R@1_free", "eps50_255", "ERS"]
+    if args.sweep_eps == []:
+        args.sweep_eps = [number / 255 for number in (0, 2, 4, 8, 16, 32, 64)]
+    if args.sweep_steps == []:
+        args.sweep_steps = [1, 2, 5, 10, 20, 50]
+    for flag, values, other, own in (
+            ("--sweep-eps", args.sweep_eps, "--eps", args.eps),
+            ("--sweep-steps", args.sweep_steps, "--attack-steps", args.attack_steps)):
+        if values and (len(set(values)) < 2 or own is not None or args.min_eps or args.per_member):
+            parser.error(f"{flag} takes two values or more, and not {other}, --min-eps or "
+                         f"--per-member beside it: drop these")
+    if args.sweep_steps and "fgsm" in (args.attack or []):
+        parser.error("--sweep-steps: fgsm has one step; drop it from --attack")
     if args.ers_variant == "authors" and args.protocol != "ers":
         parser.error("--ers-variant belongs to --protocol ers: drop it")
     if args.template_target == "self" and (args.protocol != "template" or
@@ -1199,8 +1242,8 @@ def parse_args(argv=None):
     return args
 
 
-def attacks_of(args, seed):
-    """The attacks that the flags ask for, on a run with this seed."""
+def attacks_of(args, seed, swept=True):
+    """The attacks that the flags ask for, on a run with this seed; swept False: but no sweep."""
     if args.protocol == "all":
         eps, strong = (args.eps or [None])[0], args.attack == ["strong"]
         return [common.Attack(protocol, name, objective, eps if name == "pgd" or strong else None,
@@ -1213,10 +1256,16 @@ def attacks_of(args, seed):
     objectives = ["self"] if args.template_target == "self" else args.objective or [None]
     if args.ers_variant == "authors":
         objectives = ["ers-authors"]
-    return [common.Attack(args.protocol, name, objective, eps, args.step_size, args.attack_steps,
-                          args.restarts, args.random_start, of_attack, args.against, share)
-            for share in args.attacker_share for objective in objectives for name in names
-            for eps in args.eps or [None] for of_attack in args.seed or [seed]]
+    radii, counts = args.eps or [None], [args.attack_steps]
+    grids = [(args.sweep_eps, counts), (radii, args.sweep_steps)] if swept else []
+    grids = [grid for grid in grids if all(grid)] or [(radii, counts)]
+    found = [common.Attack(args.protocol, name, objective, eps, args.step_size, steps,
+                           args.restarts, args.random_start, of_attack, args.against, share, alone)
+             for share in args.attacker_share for alone in (False, True)[:1 + args.per_member]
+             for radii, counts in grids for objective in objectives for name in names
+             for eps in radii for steps in counts for of_attack in args.seed or [seed]]
+    unique = {(*attack.entry().values(), attack.alone): attack for attack in found}
+    return list(unique.values())                     # two sweeps share an attack
 
 
 def inference_rule(text):
@@ -1249,14 +1298,16 @@ def main(args):
                                  attacks[0].objective == "worst" or attacks[0].attack == "curve"):
         raise UserError(f"--save-embeddings is of one run and one attack, not of many: found "
                         f"{len(runs)} runs, {', '.join(map(str, attacks))}")
+    for run, checkpoint in zip(runs, checkpoints):
+        if args.per_member and len(checkpoint["members"]) < 2:
+            raise UserError(f"--per-member attacks the members of ensembles: {run} has one "
+                            f"network; drop this run or the flag")
     device = common.pick_device(args.device, args.deterministic)
     if args.figures:
         pyplot()                                                          # installed?
-        first = attacks_of(args, 0)[0]
-        if (first.objective in ("worst", "pal-pseudo") or first.protocol == "ers"
-                or first.against != "sum"):
-            raise UserError(f"--figures draws the first attack on the first network, which {first} "
-                            f"does not have: name another one first or drop --figures")
+        if not (drawable(attacks[0]) or args.sweep_eps or args.sweep_steps or args.per_member):
+            raise UserError(f"--figures draws the images of the first attack, and {attacks[0]} is "
+                            f"not crafted batch by batch: name another one first, or a sweep")
     rows, report = [], []
     for run, checkpoint in zip(runs, checkpoints):
         outcome = outcome_of(run, checkpoint, args, device)
@@ -1272,6 +1323,7 @@ def main(args):
         report.append({"run": label, "flags": checkpoint["args"], "rows": own,
                        "clean": outcome["clean"],
                        "warnings": checkpoint.get("warnings", []) + outcome["warnings"],
+                       "found": outcome["found"],
                        "robust": [entry for _, found in outcome["found"] for entry in found]})
     if not rows:
         raise UserError(f"--rules {' '.join(args.rules)}: no run has them; drop --rules to see all")
@@ -1297,7 +1349,7 @@ def main(args):
     if args.into:
         insert_table(Path(args.into), args.table, table_markdown(content))
     if args.figures:
-        draw_figures(Path(args.figures), runs, checkpoints, attacks[0], args, device)
+        draw_figures(Path(args.figures), runs, checkpoints, report, args, device)
 
 
 def network_of(args):
@@ -1375,8 +1427,9 @@ def rows_of(clean, found, label, rules=None):
     for attack, entries in found:
         by_attack.setdefault(attack.words(), []).append((attack.seed, entries))
     for words, seeds in by_attack.items():
-        tables = [common.results_table({"clean": clean, "robust": entries}, label, rules)
-                  for _, entries in seeds]
+        tables = [common.results_table({"clean": clean, "robust": entries}, label,
+                                       [entry["rule"] for entry in entries] if "alone" in words
+                                       else rules) for _, entries in seeds]
         for same in zip(*tables):
             scores = spread([row["attacked"] for row in same])
             rows.append({**same[0], "attack": words, "attack_seeds": [seed for seed, _ in seeds],
@@ -1388,7 +1441,7 @@ def rows_of(clean, found, label, rules=None):
 def title_of(attacks):
     """What all attacks share in words, and what is left to say of each: (title, {words: rest})."""
     every = list(dict.fromkeys(attack.words() for attack in attacks))
-    shared = [len(set(column)) == 1 for column in zip(*every)]
+    shared = [len(set(column)) == 1 for column in itertools.zip_longest(*every)]
     title = str(attacks[0]) if all(shared) else ": ".join(filter(None, [
         attacks[0].protocol,
         ", ".join(word for word, same in zip(every[0][1:], shared[1:]) if same)]))
@@ -1642,6 +1695,7 @@ def passes_of(attack, count=1, proxies=False):
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 MARKS = "os^vDP*X"
+STYLES = [(line, *style) for line in ("-", "--", ":") for style in zip(COLOURS, MARKS)]
 
 
 def pyplot():
@@ -1654,44 +1708,51 @@ def pyplot():
     return plt
 
 
-def draw_figures(folder, runs, checkpoints, attack, args, device):
-    """embeddings.png: before and after the attack, the first run of every configuration;
-    training.png, .json: the curves of --eval-every, mean and range over the seeds."""
+def draw_figures(folder, runs, checkpoints, report, args, device):
+    """embeddings.png, shift.png: the first run of every configuration before and after its first
+    attack (of a sweep: the one without it); retrieval.png: the first run. training, sweep-eps,
+    sweep-steps, per-member (.png, .json), if there are such scores: mean and range over seeds."""
     folder.mkdir(parents=True, exist_ok=True)
-    plt, first = pyplot(), {}
+    plt, views, figures, numbers, curves = pyplot(), {}, {}, {}, {}
     for run, checkpoint in zip(runs, checkpoints):
-        first.setdefault(configuration_of(run), (run, checkpoint))
-    figure, axes = plt.subplots(len(first), 2, figsize=(8, 3.5 * len(first)), squeeze=False,
-                                layout="constrained")
-    for (run, checkpoint), (before, after) in zip(first.values(), axes):
-        flags = argparse.Namespace(**checkpoint["args"])
-        members, test = open_run(checkpoint, flags, args, device)
-        draw_embeddings(before, after, members[0], test, attack, args, device)
-        before.set_title(f"{Path(run).name}\nclean", fontsize="small")
-        after.set_title(f"{attack}\nattacked", fontsize="small")
-    figure.savefig(folder / "embeddings.png", dpi=120)
-    print(f"wrote {folder / 'embeddings.png'}")
-    curves = {}
-    for run in runs:
         scored = [line for line in common.read_log(run) if "robust_R@1" in line]
         if scored:
             curves.setdefault(configuration_of(run), []).append(
                 {name: [line[name] for line in scored]
                  for name in ("epoch", "clean_R@1", "robust_R@1")})
+        if configuration_of(run) not in views and drawable(attacks_of(args, 0)[0]):
+            test, retrieval, attack, spaces = attacked_spaces(checkpoint, args, device)
+            views[configuration_of(run)] = view_of(run, test, attack, spaces)
+            if not figures:
+                figures["retrieval"] = draw_retrieval(plt, run, test, retrieval, attack, spaces)
+    if views:
+        figures |= {"embeddings": draw_embeddings(plt, views), "shift": draw_shift(plt, views)}
     if curves:
-        common.write_atomic(folder / "training.json", json.dumps(curves, indent=1).encode())
-        figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True, layout="constrained")
-        for (name, seeds), colour in zip(curves.items(), itertools.cycle(COLOURS)):
-            for axis, side in zip(axes, ("clean", "robust")):
-                epochs = min((own["epoch"] for own in seeds), key=len)
-                scores = 100 * np.array([own[f"{side}_R@1"][:len(epochs)] for own in seeds])
-                axis.plot(epochs, scores.mean(0), color=colour, label=name)
-                axis.fill_between(epochs, scores.min(0), scores.max(0), color=colour, alpha=0.2)
-        for axis, side in zip(axes, ("clean", "attacked")):
-            axis.set(xlabel="epoch", ylabel=f"{side} Recall@1 (%)", ylim=(0, 100))
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-        figure.savefig(folder / "training.png", dpi=120)
-        print(f"wrote {folder / 'training.png'}")
+        numbers["training"] = curves
+        figures["training"] = draw_curves(plt, curves, "epoch", {
+            "clean_R@1": "clean Recall@1 (%)", "robust_R@1": "attacked Recall@1 (%)"})
+    metrics = {"R@1": "attacked Recall@1 (%)"}
+    metrics |= {"NMI": "attacked NMI (%)"} if args.protocol == "clustering" else {}
+    for name, values, x in (("sweep-eps", args.sweep_eps, "eps_255"),
+                            ("sweep-steps", args.sweep_steps, "steps")):
+        if values:
+            numbers[name] = sweep_curves(report, x, args.rules, metrics)
+            figures[name] = draw_curves(plt, numbers[name], x, metrics)
+    if args.per_member:
+        numbers["per-member"] = member_scores(report)
+        figures["per-member"] = draw_members(plt, numbers["per-member"], report[0]["found"][0][0])
+    for name, content in numbers.items():
+        common.write_atomic(folder / f"{name}.json", json.dumps(content, indent=1).encode())
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=120)
+        print(f"wrote {folder / name}.png")
+    plt.close("all")
+
+
+def drawable(attack):
+    """Whether its images are crafted batch by batch from nothing but the networks."""
+    return not (attack.protocol == "ers" or attack.attack == "curve" or
+                attack.objective in ("worst", "pal-pseudo", "joint", "joint-pseudo"))
 
 
 def configuration_of(run):
@@ -1699,29 +1760,269 @@ def configuration_of(run):
     return re.sub(r"-s\d+$", "", Path(run).name)
 
 
-def draw_embeddings(before, after, model, test, attack, args, device):
-    """Up to eight classes: as they are in two dimensions, otherwise in the plane of the first two
-    principal components of their clean embeddings."""
-    part = test.subset((test.labels < len(COLOURS)).nonzero()[:, 0])
-    rows = torch.arange(len(part)).split(args.batch_size)
-    retrieval = common.Retrieval(
-        [model], lambda: common.load_batches(part, rows, augment=False, device=device),
-        part.labels.to(device))
-    (moved,), *_ = attacked(retrieval, attack)
-    clean, flat = retrieval.clean[0], retrieval.clean[0].shape[1] == 2
-    axes = torch.eye(2) if flat else torch.linalg.svd(clean.cpu() - clean.cpu().mean(0))[2][:2]
-    for axis, embeddings in ((before, clean), (after, moved)):
-        points, angle = embeddings.cpu() @ axes.T, np.linspace(0, 2 * np.pi, 200)
-        if flat:
-            axis.plot(np.cos(angle), np.sin(angle), color="0.8", zorder=0)
-        for label, (name, colour, mark) in enumerate(zip(part.classes, COLOURS, MARKS)):
-            own = points[part.labels == label]
-            axis.scatter(*own.T, s=22, color=colour, marker=mark, alpha=0.6, linewidth=0,
-                         label=name)
-        axis.set(aspect="equal", xlim=(-1.1, 1.1), ylim=(-1.1, 1.1))
-        if not flat:
-            axis.set(xlabel="first principal component", ylabel="second")
-    after.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+def attacked_spaces(checkpoint, args, device):
+    """A run's test images, Retrieval, attack, and (queries, candidates) before and after it: an
+    ensemble's embeddings are concatenated."""
+    flags = argparse.Namespace(**checkpoint["args"])
+    members, test = open_run(checkpoint, flags, args, device)
+    attack = attacks_of(args, flags.seed, swept=False)[0]
+
+    def batches_of(dataset):
+        rows = torch.arange(len(dataset)).split(args.batch_size)
+        return lambda: common.load_batches(dataset, rows, augment=False, workers=args.workers,
+                                           device=device)
+
+    gallery = {} if test.gallery is None else {"gallery_batches": batches_of(test.gallery),
+                                               "gallery_labels": test.gallery.labels.to(device)}
+    retrieval = common.Retrieval(members, batches_of(test), test.labels.to(device), **gallery)
+    moved = common.attacked_embeddings(retrieval, attack, *plan(retrieval, attack)[:2])
+    rule = "concat" if len(members) > 1 else "member_1"
+    return test, retrieval, attack, [common.rule_spaces(*own)[rule] for own in
+                                     ((retrieval.clean, retrieval.gallery), moved)]
+
+
+def view_of(run, test, attack, spaces):
+    """What figures show of a run: how far every query moves, and some of as many classes as there
+    are colours."""
+    clean, attacked = (own.cpu().numpy() for own, _ in spaces)
+    rows = (test.labels < len(COLOURS)).nonzero()[:, 0]
+    rows = rows[spread_rows(test.labels[rows], 600)].numpy()
+    return {"run": Path(run).name, "attack": str(attack), "classes": test.classes,
+            "labels": test.labels.numpy()[rows], "clean": clean[rows], "attacked": attacked[rows],
+            "shift": 1 - (clean * attacked).sum(1)}
+
+
+def spread_rows(labels, count):
+    """At most `count` rows: the first image of every class, then the second of every class ...;
+    with fewer rows than classes, the first of classes that are equally far apart."""
+    by_class = labels.argsort(stable=True)
+    turn = torch.arange(len(labels)) - torch.searchsorted(labels[by_class], labels[by_class])
+    order = by_class[turn.argsort(stable=True)][:max(count, len(labels.unique()))]
+    return order[torch.linspace(0, len(order) - 1, min(count, len(order))).round().long()]
+
+
+def principal_axes(points):
+    """The first two principal components (2, D) of points (n, D)."""
+    return np.linalg.svd(points - points.mean(0), full_matrices=False)[2][:2]
+
+
+def in_plane(clean, attacked):
+    """(how, points (2 n, 2)): clean and attacked embeddings (n, D) in one map."""
+    both = np.concatenate([clean, attacked])
+    if both.shape[1] == 2:
+        return "", both
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError:
+        return ", PCA of the clean", both @ principal_axes(clean).T
+    tsne = TSNE(perplexity=min(30, (len(both) - 1) / 3), init="random",      # PCA of a collapsed
+                random_state=0)                                              # network is NaN
+    return ", t-SNE", tsne.fit_transform(both)
+
+
+def draw_embeddings(plt, views):
+    """Up to eight classes: as they are in two dimensions, otherwise by t-SNE (without
+    scikit-learn: in the plane of the first two principal components of the clean ones)."""
+    figure, axes = plt.subplots(len(views), 2, figsize=(8, 3.5 * len(views)), squeeze=False,
+                                layout="constrained")
+    angle = np.linspace(0, 2 * np.pi, 200)
+    circle = np.stack([np.cos(angle), np.sin(angle)], 1)
+    for view, pair in zip(views.values(), axes):
+        how, points = in_plane(view["clean"], view["attacked"])
+        low, high = (points if how else circle).min(0), (points if how else circle).max(0)
+        (left, bottom), half = (low + high) / 2, 0.55 * (high - low).max()
+        for axis, part, title in zip(pair, np.split(points, 2), (
+                f"{view['run']}\nclean{how}", f"{view['attack']}\nattacked{how}")):
+            if not how:
+                axis.plot(*circle.T, color="0.8", zorder=0)
+            for label, (name, colour, mark) in enumerate(zip(view["classes"], COLOURS, MARKS)):
+                axis.scatter(*part[view["labels"] == label].T, s=22, color=colour, marker=mark,
+                             alpha=0.6, linewidth=0, label=name)
+            axis.set(aspect="equal", xlim=(left - half, left + half), xticks=[],
+                     ylim=(bottom - half, bottom + half), yticks=[])
+            axis.set_title(title, fontsize="small")
+        pair[1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def panels(plt, count):
+    """A figure with so many axes, three in a row."""
+    figure, axes = plt.subplots(math.ceil(count / 3), min(count, 3), squeeze=False,
+                                figsize=(4.2 * min(count, 3), 4 * math.ceil(count / 3)),
+                                layout="constrained")
+    for axis in axes.flat[count:]:
+        axis.axis("off")
+    return figure, axes.flat[:count]
+
+
+def draw_shift(plt, views):
+    """Arrows from some clean to their attacked embeddings in the plane of the first two principal
+    components of the clean ones, and how many queries move how far."""
+    figure, axes = panels(plt, len(views) + 1)
+    arrows = [np.stack([view["clean"][:40], view["attacked"][:40]])
+              @ principal_axes(view["clean"]).T for view in views.values()]
+    half = 1.1 * max(1e-6, *(np.abs(ends).max() for ends in arrows))
+    bins = np.linspace(0, max(1e-6, *(view["shift"].max() for view in views.values())), 41)
+    for (name, view), (start, end), axis, (line, colour, _) in zip(
+            views.items(), arrows, axes, itertools.cycle(STYLES)):
+        colours = [COLOURS[label] for label in view["labels"][:40]]
+        axis.quiver(*start.T, *(end - start).T, color=colours, angles="xy", scale_units="xy",
+                    scale=1, width=0.005)
+        axis.scatter(*start.T, s=14, color=colours)
+        axis.set(aspect="equal", xlim=(-half, half), ylim=(-half, half))
+        axis.locator_params(nbins=5)
+        axis.set_title(f"{view['run']}\nclean to attacked, a colour per class", fontsize="small")
+        share = np.full(len(view["shift"]), 100 / len(view["shift"]))
+        axes[-1].hist(view["shift"], bins, weights=share, color=colour, histtype="step",
+                      linestyle=line, linewidth=1.5,
+                      label=f"{name}, median {np.median(view['shift']):.2g}")
+    axes[-1].set(xlabel="shift, 1 - cos(attacked, clean)", ylabel="queries (%)")
+    axes[-1].set_title(view["attack"], fontsize="small")
+    figure.legend(loc="outside lower center", ncols=min(len(axes), 3), fontsize="small")
+    return figure
+
+
+def draw_retrieval(plt, run, test, retrieval, attack, spaces):
+    """Six queries with their three nearest candidates before and after the attack: a solid blue
+    frame around the right class, a dashed orange one around another."""
+    candidates, which = (test, 0) if test.gallery is None else (test.gallery, 1)
+    rows, depth = spread_rows(test.labels, 6), min(3, len(candidates) - 1)
+    before, after = (torch.cat([similarity.topk(depth).indices for similarity, _ in
+                                common.similarities(own, retrieval.labels, gallery,
+                                                    retrieval.gallery_labels)])[rows].tolist()
+                     for own, gallery in spaces)
+    wanted, kept = {*rows.tolist(), *sum(after, [])}, {}
+
+    def keep(number):
+        return lambda images, seen: kept.update({
+            (number, row): image.cpu() for image, row in zip(images, seen.tolist())
+            if row in wanted})
+
+    # the same attack once more: which images are wanted is known only now, and all are too many
+    common.attacked_embeddings(retrieval, attack, *plan(retrieval, attack)[:2],
+                               watch=(keep(0), keep(1)))
+    moved = attack.protocol != "template"            # candidates are attacked as well
+    figure, axes = plt.subplots(len(rows), 2 * depth + 3, squeeze=False, layout="constrained",
+                                figsize=(1.35 * (2 * depth + 3), 1.35 * len(rows) + 0.8))
+    for number, (row, line) in enumerate(zip(rows.tolist(), axes)):
+        query, attacked = test[row][0], kept[0, row]
+        change = (attacked - query) / max(2 * attack.eps, 1e-6) + 0.5
+        near = [(f"nearest {j + 1}", candidates[i][0], i) for j, i in enumerate(before[number])]
+        far = [(f"nearest {j + 1}{', attacked' * moved}",
+                kept[which, i] if moved else candidates[i][0], i)
+               for j, i in enumerate(after[number])]
+        line[0].set_ylabel(test.classes[test.labels[row]][:18], fontsize="x-small")
+        for axis, (title, image, i) in zip(line, [
+                ("query", query, None), *near, ("attacked query", attacked, None),
+                (f"change, ±{attack.eps * 255:.3g}/255", change, None), *far]):
+            axis.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy())
+            axis.set(xticks=[], yticks=[])
+            axis.set_title("" if number else title, fontsize="x-small")
+            if i is not None:
+                right = candidates.labels[i] == test.labels[row]
+                colour, mark, style = (COLOURS[0], "\u2713", "-") if right else \
+                    (COLOURS[1], "\u2717", (0, (2, 1)))
+                for spine in axis.spines.values():
+                    spine.set(color=colour, linewidth=3, linestyle=style, capstyle="butt")
+                axis.text(0.05, 0.95, mark, weight="bold", va="top", color=colour,
+                          transform=axis.transAxes,
+                          bbox={"facecolor": "white", "linewidth": 0, "pad": 1})
+    figure.suptitle(f"{Path(run).name}; {attack}", fontsize="medium")
+    figure.supxlabel("\u2713 solid frame: the query's class      \u2717 dashed frame: another class"
+                     "      change: magnified, eps fills the range", fontsize="small")
+    return figure
+
+
+def draw_curves(plt, curves, x, metrics):
+    """A line per name, mean and range over its seeds. curves: {name: [{x: [...], metric: [...]}
+    per seed]}; metrics: {metric: what its axis says}."""
+    height = 3.8 + 0.2 * math.ceil(len(curves) / len(metrics))            # with its legend
+    figure, axes = plt.subplots(1, len(metrics), figsize=(2 + 4.5 * len(metrics), height),
+                                sharex=True, squeeze=False, layout="constrained")
+    for (name, seeds), (line, colour, mark) in zip(curves.items(), itertools.cycle(STYLES)):
+        at = min((own[x] for own in seeds), key=len)
+        if "eps50" in seeds[0]:
+            half = statistics.median(math.inf if own["eps50"] is None else own["eps50"]
+                                     for own in seeds)
+            name += f", eps50 {half:.1f}" if math.isfinite(half) else f", eps50 > {at[-1]:g}"
+        for axis, metric in zip(axes[0], metrics):
+            scores = 100 * np.array([own[metric][:len(at)] for own in seeds])
+            axis.plot(at, scores.mean(0), line, color=colour, label=name, marker=mark, markersize=4)
+            axis.fill_between(at, scores.min(0), scores.max(0), color=colour, alpha=0.2)
+    for axis, words in zip(axes[0], metrics.values()):
+        axis.set(xlabel={"eps_255": "eps (1/255)"}.get(x, x), ylabel=words, ylim=(0, 100))
+        if x == "steps":
+            axis.set_xscale("log")
+            axis.set_xticks(at, at)
+            axis.minorticks_off()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center",
+                  ncols=len(metrics), fontsize="small")
+    return figure
+
+
+def sweep_curves(report, x, rules, metrics):
+    """{name: a dict per run} of the attacks that differ in x alone ("eps_255", "steps"): its
+    values, the metrics there, mean over the seeds of the attack, and the clean Recall@1."""
+    curves = {}
+    for outcome in report:
+        found, own = sorted(outcome["found"], key=lambda pair: pair[0].entry()[x]), {}
+        values = {attack.words(): attack.entry()[x] for attack, _ in found}
+        for row in rows_of(outcome["clean"], found, configuration_of(outcome["run"]),
+                           rules or [outcome["clean"]["rule"]]):
+            _, objective, name, radius = row["attack"]
+            rest = name if x == "eps_255" else f"{name.partition('-')[0]}, {radius}"
+            curve = own.setdefault(f"{row['name']}: {objective} {rest}", {
+                "seed": outcome["flags"]["seed"], "clean_R@1": row["clean"]["R@1"], x: [],
+                **{metric: [] for metric in metrics}})
+            curve[x].append(values[row["attack"]])
+            for metric in metrics:
+                curve[metric].append(row["attacked"][metric])
+        for name, curve in own.items():
+            if len(curve[x]) > 1:                    # otherwise of the other sweep
+                if x == "eps_255":
+                    curve["eps50"] = half_radius(
+                        {0: curve["clean_R@1"], **dict(zip(curve[x], curve["R@1"]))})
+                curves.setdefault(name, []).append(curve)
+    return curves
+
+
+def member_scores(report):
+    """{configuration: [{"seed", rule: {"clean", "shared", "alone"}} per run]}: Recall@1 of the vote
+    and of every member under the attack on the sum, and of the members attacked alone."""
+    scores = {}
+    for outcome in report:
+        own, first = {"seed": outcome["flags"]["seed"]}, outcome["found"][0][0].words()
+        for row in rows_of(outcome["clean"], outcome["found"], ""):
+            rule, (*words, side) = row["name"].strip(), (*row["attack"], "shared")[:5]
+            if tuple(words) == first and re.fullmatch(r"vote|member_\d+", rule):
+                own.setdefault(rule, {"clean": row["clean"]["R@1"]})[side] = row["attacked"]["R@1"]
+        scores.setdefault(configuration_of(outcome["run"]), []).append(own)
+    return scores
+
+
+def draw_members(plt, scores, attack):
+    """member_scores as bars, mean and range over seeds."""
+    figure, axes = panels(plt, len(scores))
+    for axis, (name, seeds) in zip(axes, scores.items()):
+        rules = list(seeds[0])[1:]
+        for side, place, colour, hatch, words in (
+                ("shared", -0.2, COLOURS[0], "", "one attack on the sum"),
+                ("alone", 0.2, COLOURS[1], "//", "attacked alone")):
+            own = [i for i, rule in enumerate(rules) if side in seeds[0][rule]]
+            bars = 100 * np.array([[seed[rules[i]][side] for i in own] for seed in seeds])
+            mean, low, high = bars.mean(0), bars.min(0), bars.max(0)
+            axis.bar(np.array(own) + place, mean, 0.4, color=colour, hatch=hatch, label=words,
+                     edgecolor="white", capsize=3,
+                     yerr=(mean - low, high - mean) if len(seeds) > 1 else None)
+        axis.plot([100 * statistics.mean(seed[rule]["clean"] for seed in seeds) for rule in rules],
+                  "k_", markersize=24, label="clean")
+        axis.set_xticks(range(len(rules)), rules, fontsize="small")
+        axis.set(ylabel="Recall@1 (%)", ylim=(0, 100))
+        axis.set_title(name, fontsize="small")
+    figure.suptitle(str(attack), fontsize="medium")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+                  fontsize="small")
+    return figure
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def test_every_file_names_its_licence_and_imports_only_what_is_promised(source):
     assert text.startswith("# SPDX-License-Identifier: MIT\n")
     allowed = {"torch", "torchvision", "numpy"} | set(sys.stdlib_module_names)
     allowed |= set() if source.name == "common.py" else {"common"}
-    optional = {"tqdm", "scipy", "matplotlib"}       # imported where they are used
+    optional = {"tqdm", "scipy", "matplotlib", "sklearn"}       # imported where they are used
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [node.module] if isinstance(node, ast.ImportFrom) else \

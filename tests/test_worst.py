@@ -497,10 +497,10 @@ def test_a_single_network_has_a_strong_attack_and_no_vote(finished, tmp_path, fa
 
 
 @pytest.mark.parametrize("flags", [["--objective", "worst"], ["--objective", "pal-pseudo"],
-                                   ["--protocol", "ers"], ["--objective", "joint", "--against",
-                                                           "mean"]])
+                                   ["--protocol", "ers"], ["--attack", "curve"],
+                                   ["--objective", "joint", "--against", "mean"]])
 def test_what_cannot_be_drawn_is_one_line_before_any_work(flags, finished, tmp_path, fails):
     pytest.importorskip("matplotlib")
-    fails(2, ["--figures", "first network"], evaluator, finished, *flags, "--figures",
+    fails(2, ["--figures"], evaluator, finished, *flags, "--figures",
           tmp_path / "drawn", *HERE)
     assert len(stored(finished)["robust"]) == 6
