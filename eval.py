@@ -1344,7 +1344,8 @@ def table_markdown(content):
         in_line.setdefault((row["name"], met[row_key], *row["seeds"]), []).append(row)
         met[row_key] += 1
     for (name, _, *seeds), own in in_line.items():
-        cells = [name + ("" if len(seeds) == most else f" (seeds: {len(seeds)})")]
+        cells = [name + warning_mark(content, name, seeds)
+                 + ("" if len(seeds) == most else f" (seeds: {len(seeds)})")]
         for side, attack, metric in columns:
             row = next((row for row in own if side == "clean" or row.get("attack", "") == attack),
                        {side: {}})
@@ -1361,8 +1362,17 @@ def table_markdown(content):
              f"{', mean ± std' if max(most, repeated) > 1 else ''}"
              f"{f'; NMI by chance {100 * chance[0]:.1f}' if chance else ''}. "
              f"Made by `{content['command']}`.")
-    return "\n".join([title, "", *lines, *(f"\nWarning: {alert}" for alert in content["warnings"])]
-                     ) + "\n"
+    return "\n".join([title, "", *lines, *(f"\nWarning [{number}]: {alert}" for number, alert in
+                                           enumerate(content["warnings"], 1))]) + "\n"
+
+
+def warning_mark(content, name, seeds):
+    """" [1, 2]" for a row whose runs have these warnings; "" without one."""
+    numbers = [number for number, alert in enumerate(content["warnings"], 1)
+               for run in content.get("flags", {})
+               if re.match(rf"{re.escape(run)}( (?!undefended|not trained)|$)", name)
+               and alert.startswith((f"{run}: ", *(f"{run}-s{seed}: " for seed in seeds)))]
+    return f" [{', '.join(map(str, numbers))}]" if numbers else ""
 
 
 def has_checkpoint(run):
