@@ -14,7 +14,7 @@ import test_scripts
 import torch
 import torch.nn.functional as F
 from test_attacks import Counted, retrieval_of
-from test_evaluation import network, noisy_classes, seeded, tensor_batches
+from test_evaluation import Recorder, network, noisy_classes, seeded, tensor_batches
 from test_scripts import contents, evaluate, stored
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -139,6 +139,18 @@ def test_an_attack_smaller_than_a_grey_level_does_not_survive_8_bit(frequency, e
     assert verdicts(model, "8 bit", eps=eps / 255, step_size=eps / 1000, **options) == [passes]
 
 
+def test_rounded_images_and_those_with_noise_are_in_the_ball():
+    model, eps, seen = Recorder(NET), 5.5 / 255, {}
+    found = checks(retrieval_of([model], IMAGES, LABELS), Attack("template", "pgd", "shift", eps))
+    for own in itertools.islice(found, 7):
+        seen[own["name"]] = model.seen           # the last: what is scored
+        model.seen = []
+    (*_, rounded), (*draws, noisy) = seen["8 bit"], seen["random noise"]
+    assert torch.equal((255 * rounded).round() / 255, rounded) and len(draws) == 20
+    for x in (rounded, noisy, *draws):
+        assert 4.5 / 255 < (x - IMAGES).abs().max() <= eps + 1e-5 and 0 <= x.min() <= x.max() <= 1
+
+
 def test_a_score_that_hangs_on_the_start_is_reported():
     model, options = sine(30)
     assert verdicts(model, "restarts", eps=8 / 255, step_size=2 / 255, steps=1, **options) == \
@@ -236,7 +248,7 @@ def test_the_checks_of_a_run_are_printed_and_stored(finished, capsys, monkeypatc
         {**before, "checks": 0, "warnings": 0, "robust": 0}
 
 
-def test_a_later_check_of_the_same_attack_replaces_the_earlier_one(finished, monkeypatch):
+def test_a_later_check_of_the_same_attack_replaces_the_earlier_one(finished, capsys, monkeypatch):
     own = stored(finished)["warnings"]
     words = "(clustering: shift PGD-1, eps 8/255)"
     for outcome, flags, count, alerts in (
@@ -251,6 +263,7 @@ def test_a_later_check_of_the_same_attack_replaces_the_earlier_one(finished, mon
         check(finished, *flags)
         assert len(stored(finished)["checks"]) == count
         assert stored(finished)["warnings"] == own + alerts
+        assert capsys.readouterr().out.count("warning: finished: check: ") == len(alerts)
 
 
 def test_warnings_of_checks_stand_in_later_tables_of_the_run(finished, tmp_path, monkeypatch):
