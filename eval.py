@@ -11,6 +11,7 @@
     python eval.py runs/eat-glyphs-* --table results/eat-glyphs    # mean and std over seeds
     python eval.py --arch resnet18 --weights net.pt --dataset cub    # no run
     python eval.py runs/eat-glyphs-* --sweep-eps --figures figures    # Recall@1 over eps, and more
+    python eval.py runs/eat-glyphs-convnet-s0 --checks      # do its scores mean anything?
     from eval import evaluate_robustness                    # your own model: README
 
 Protocols: "clustering" attacks every image and compares attacked images (Ke, arXiv 2501.01025);
@@ -81,7 +82,44 @@ def evaluate_robustness(embed, images_or_loader, labels=None, *, protocol="clust
         step_size = eps / 4
     settings = common.Attack(protocol, attack, objective, eps, step_size, steps, restarts,
                              random_start, seed)
-    models = list(embed) if isinstance(embed, (list, tuple, nn.ModuleList)) else [embed]
+    clean, robust, alerts = _evaluated(embed, images_or_loader, labels, settings, ks, batch_size,
+                                       device, attack_entries)
+    for entry in robust:
+        entry["amp"] = any(getattr(model, "amp", False) for model in _listed(embed))
+    return {"clean": clean, "robust": robust, "warnings": alerts}
+
+
+def check_robustness(embed, images_or_loader, labels=None, *, protocol="clustering",
+                     objective="shift", eps=8 / 255, step_size=None, steps=10, restarts=1,
+                     random_start=True, batch_size=128, seed=0, device=None, transfer_from=None):
+    """Do the numbers of evaluate_robustness with these arguments mean anything?
+
+    Arguments as there; transfer_from: another model (or list), on which images are crafted too.
+    Returns [{"name", "passed": bool, "text"}], the checks of `eval.py --checks`.
+    """
+    attack = common.Attack(protocol, "pgd", objective, eps, eps / 4 if step_size is None
+                           else step_size, steps, restarts, random_start, seed)
+
+    def entries(retrieval, attack):
+        source = _listed(transfer_from) if transfer_from is not None else []
+        with common.frozen(*source):
+            return list(checks(retrieval, attack, outputs=_listed(embed),
+                               source=source_of(retrieval, [_unit_rows(own) for own in source])))
+
+    return _evaluated(embed, images_or_loader, labels, attack, (1,), batch_size, device, entries)[1]
+
+
+def _listed(embed):
+    return list(embed) if isinstance(embed, (list, tuple, nn.ModuleList)) else [embed]
+
+
+def _unit_rows(model):
+    return lambda images: F.normalize(model(images), dim=1)
+
+
+def _evaluated(embed, images_or_loader, labels, attack, ks, batch_size, device, entries):
+    """common.evaluate of any model: (clean, entries, warnings); all else is as before."""
+    models = _listed(embed)
     modules = [model for model in models if isinstance(model, nn.Module)]
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     if not models or batch_size < 1 or min(ks, default=0) < 1:
@@ -91,25 +129,22 @@ def evaluate_robustness(embed, images_or_loader, labels=None, *, protocol="clust
         if device is None:
             parameters = (parameter for module in modules for parameter in module.parameters())
             device = next(parameters, images).device
-        alerts, with_unit_rows = [], []
+        alerts = []
         for i, model in enumerate(models):
             with torch.no_grad():
                 norms = _checked(model(images[:2].to(device)), 2).norm(dim=1)
             if (norms - 1).abs().max() > 1e-3:
                 alerts.append(f"the outputs of model {i + 1} are not unit vectors (first norm "
                               f"{norms[0]:.3g}): they were normalised")
-            with_unit_rows.append(lambda x, model=model: F.normalize(model(x), dim=1))
         rows = torch.arange(len(images)).split(batch_size)
 
         def batches():
             return ((images[batch].to(device), None, batch) for batch in rows)
 
-        clean, robust, more = common.evaluate(with_unit_rows, batches, labels.to(device),
-                                              [settings], ks=ks, seed=seed,
-                                              entries=attack_entries)
-    for entry in robust:
-        entry["amp"] = any(getattr(model, "amp", False) for model in models)
-    return {"clean": clean, "robust": robust, "warnings": alerts + more}
+        clean, found, more = common.evaluate([_unit_rows(model) for model in models], batches,
+                                             labels.to(device), [attack], ks=ks, seed=attack.seed,
+                                             entries=entries)
+    return clean, found, alerts + more
 
 
 def _images_and_labels(images, labels):
@@ -1079,6 +1114,301 @@ def ers_targets(retrieval, seed):
             "other": torch.cat(other), "wrong": torch.cat(wrong)}
 
 
+# ---- checks
+#
+# Signs that an attack's scores say nothing, after Carlini et al. (arXiv 1902.06705) and the flags
+# of AutoAttack (Croce & Hein, ICML 2020). Recall@1 is that of the vote, or of the one network.
+
+CHECK = "check: "                                    # how their warnings begin
+NOISE_DRAWS, RESTARTS, SWEEP = 20, (1, 5, 10), (2, 4, 8, 16, 32, 64, 128)    # the sweep in 1/255
+BLIND = 0.01                                         # share of images: a flat spot is no masking
+
+
+def tolerance(share, count):
+    """How far apart two Recall@1 still count as equal: twice the standard error of a share of
+    `count` images, what other images would change, and at least 2 points, what another seed of
+    the attack may change."""
+    return max(0.02, 2 * (share * (1 - share) / count) ** 0.5)
+
+
+def checks(retrieval, attack, proxies=None, source=None, outputs=None):
+    """Yields {"name", "passed", "text"}: whether the scores of this PGD attack mean anything.
+
+    source: (Retrieval of other networks on the same images, their proxies), to transfer from.
+    outputs: the models as they are, where those of the retrieval normalise their embeddings.
+    """
+    checkable([attack])
+    if retrieval.gallery is not None and attack.protocol == "clustering":
+        raise UserError("checks of queries that have a gallery need --protocol template")
+    for name, passed, fact, meaning in itertools.chain(
+            checks_of_outputs(retrieval, outputs or retrieval.models),
+            checks_of_attack(retrieval, attack, proxies, source)):
+        yield {"name": name, "passed": bool(passed),
+               "text": fact if passed else f"{fact}: {meaning}"}
+
+
+def checkable(attacks):
+    """Refuse what --checks cannot examine."""
+    if len(attacks) > 1 or any(own.attack != "pgd" or own.protocol == "ers"
+                               or own.attacker_share < 100
+                               or own.objective.startswith(("joint", "worst")) for own in attacks):
+        raise UserError(f"--checks examines one PGD attack on all images, clustering or template, "
+                        f"with an objective other than joint and worst: found "
+                        f"{', '.join(map(str, attacks))}")
+
+
+def checks_of_outputs(retrieval, models):
+    """What is taken for granted of embeddings: of the first batch; the last one, of all."""
+    batch = next(iter(retrieval.batches()))
+    first, again = (common.embed(models, [batch]) for _ in range(2))
+    apart = max(float((one - two).abs().max()) for one, two in zip(first, again))
+    yield ("deterministic", apart == 0, f"the same images twice, embeddings differ by {apart:.2g}",
+           "the network draws random numbers (dropout left on?), so every pass is another network; "
+           "switch that off, or attack the mean of many draws")
+    norms = torch.cat([own.norm(dim=1) for own in first])
+    yield ("unit norm", (norms - 1).abs().max() <= 1e-3,
+           f"embeddings have lengths from {norms.min():.4g} to {norms.max():.4g}",
+           "the scores are those of unit vectors; normalise at the end of the network")
+    cosine = max(common.mean_cosine(own) for own in retrieval.clean)
+    yield ("collapse", cosine <= 0.95, f"the mean cosine of two images is {cosine:.3f}",
+           "all images have nearly one embedding and their neighbours are an accident; no score of "
+           "this network means much")
+
+
+def checks_of_attack(retrieval, attack, proxies, source):
+    """The attack's gradients and images, other images in its ball, then checks_of_variants."""
+    eps, size, steps, planned = (attack.eps, attack.step_size, attack.steps,
+                                 plan(retrieval, attack, proxies))
+    seeing, foreign, noise = (copy.copy(attack) for _ in range(3))
+    seeing.against = attack.against.replace("vote", "sum")   # members already won are not masked
+    foreign.against = "sum"                                  # the source has members of its own
+    noise.restarts = NOISE_DRAWS
+    (make_objective, attacked), *_ = plan(retrieval, seeing, proxies)
+    transfer = plan(source[0], foreign, source[1]) if source else None
+    blind, excess = [], []
+
+    def watched(objective, images, rows):                    # the attack itself
+        start = pgd(None, images, eps, 0, 0, attack.random_start).requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(make_objective(rows)(start).sum(), start)
+        flat = ~gradient.flatten(1).any(1)
+        blind.append(flat if attacked is None else flat[attacked[rows]])
+        x = pgd(objective, images, eps, size, steps, start=start)
+        excess.extend([float((x - images).abs().max()) - eps, float((x - 0.5).abs().max()) - 0.5])
+        return x
+
+    def rounded(objective, images, rows):                    # to the 8-bit points of the ball
+        x = pgd(objective, images, eps, size, steps, attack.random_start)
+        low, high = (255 * (images - eps) - 1e-3).ceil(), (255 * (images + eps) + 1e-3).floor()
+        return (255 * x).round().clamp(low, high).clamp(0, 255) / 255
+
+    def signs(objective, images, rows):
+        return (images + eps * (2 * torch.randint_like(images, 2) - 1)).clamp(0, 1)
+
+    recall = recall_under(retrieval, attack, planned, watched)
+    equal, blind = tolerance(recall, len(retrieval.labels)), torch.cat(blind)
+    share = int(blind.sum()) / max(len(blind), 1)
+    yield ("zero gradients", share <= BLIND,
+           f"{100 * share:.3g} % of the images have no gradient at the first step",
+           "the attack cannot see through this network (gradient masking); scores under gradient "
+           "attacks say nothing")
+    yield ("ball and range", max(excess) <= 1e-6,
+           f"attacked images leave eps or [0, 1] by {max(0, *excess):.1g}",
+           "the attack breaks its own rules and its scores are too low")
+    other = recall_under(retrieval, attack, planned, rounded)
+    yield ("8 bit", other <= recall + equal, f"{arrow(recall, other)} as 8-bit pictures",
+           "rounding undoes the attack, which holds for floating-point input alone")
+    other = recall_under(retrieval, noise, planned, signs)
+    yield ("random noise", other > recall + equal or recall <= chance_level(retrieval) + equal,
+           f"{arrow(recall, other)} with random signs, the best of {NOISE_DRAWS} draws",
+           "the attack does little that noise does not; it is too weak, its gradients are masked, "
+           "or eps is too small to tell networks apart")
+    if transfer:
+        other = recall_under(retrieval, foreign, transfer)
+        yield ("transfer", other >= recall - equal,
+               f"{arrow(recall, other)} with images made for another network",
+               "those do more than images made for this one, whose gradients mislead (gradient "
+               "masking); quote the lower number")
+    yield from checks_of_variants(retrieval, attack, proxies, recall)
+
+
+def checks_of_variants(retrieval, attack, proxies, recall):
+    """What more or less effort, no gradients and other radii make of Recall@1, now `recall`."""
+    variants, count = variants_of(attack), len(retrieval.labels)
+    equal = tolerance(recall, count)
+
+    def under(name):
+        return recall_under(retrieval, variants[name], plan(retrieval, variants[name], proxies))
+
+    for name, how, meaning in (
+            ("steps x 2", "", "the attack has not converged; quote the lower number"),
+            ("steps x 5", "", "the attack has not converged; quote the lower number"),
+            ("FGSM", " with one step of size eps", "one step does more than many, so gradients or "
+             "steps mislead (gradient masking, or a wrong step size); quote the lower number")):
+        other = under(name)
+        yield name, other >= recall - equal, arrow(recall, other) + how, meaning
+    found = [recall if number == attack.restarts else under(f"restarts {number}")
+             for number in RESTARTS]
+    yield ("restarts", min(found) >= recall - equal,
+           f"{arrow(*found)} with {', '.join(map(str, RESTARTS))} starts",
+           "the score hangs on the start; quote the lowest number and take more restarts")
+    margin, other = under("margin"), under("Square")
+    yield ("Square", other >= margin - tolerance(margin, count),
+           f"{arrow(margin, other)} from PGD to Square, both on the impostor margin of queries",
+           "without gradients an attack does more than with them, so these are masked; scores "
+           "under gradient attacks say nothing")
+    curve = [headline(retrieval, retrieval.clean, retrieval.gallery),
+             *(under(f"eps {radius}") for radius in SWEEP)]
+    chance = chance_level(retrieval, attack.protocol == "clustering")
+    lowest = [max(low, chance) for low in itertools.accumulate(curve, min)]
+    yield ("eps sweep falls",
+           all(own <= low + tolerance(low, count) for own, low in zip(curve, lowest)),
+           f"{arrow(*curve)} with target-other at eps 0, {', '.join(map(str, SWEEP))} / 255",
+           "a larger radius holds the smaller one, so the attack gets lost (gradient masking, or "
+           "too few steps)")
+    yield ("eps sweep ends at chance", curve[-1] <= chance + tolerance(chance, count),
+           f"Recall@1 {100 * curve[-1]:.1f} at eps {SWEEP[-1]}/255, {100 * chance:.1f} by chance",
+           "there, all images can become the same grey one, so the attack fails where it need not "
+           "(gradient masking, or too few steps)")
+
+
+def variants_of(attack):
+    """{name: Attack} of what --checks compares with an attack."""
+    def same(steps, restarts, name="pgd"):
+        return common.Attack(attack.protocol, name, attack.objective, attack.eps, attack.step_size,
+                             steps, restarts, attack.random_start, attack.seed, attack.against)
+
+    def other(protocol, objective, eps, *numbers, name="pgd"):
+        return common.Attack(protocol, name, objective, eps, *numbers, seed=attack.seed)
+
+    return {"steps x 2": same(2 * attack.steps, attack.restarts),
+            "steps x 5": same(5 * attack.steps, attack.restarts),
+            "FGSM": same(1, attack.restarts, "fgsm"),
+            **{f"restarts {number}": same(attack.steps, number) for number in RESTARTS
+               if number != attack.restarts},
+            "margin": other("template", "impostor", attack.eps, attack.step_size, attack.steps,
+                            attack.restarts),
+            "Square": other("template", "impostor", attack.eps, name="square"),
+            **{f"eps {radius}": other(attack.protocol, "target-other", radius / 255, None,
+                                      2 * attack.steps) for radius in SWEEP}}
+
+
+def recall_under(retrieval, attack, planned, craft=None):
+    """Recall@1 under an attack as planned; craft: made otherwise than the plan says."""
+    aim, own, _ = planned
+    return headline(retrieval, *common.attacked_embeddings(retrieval, attack, aim, craft or own))
+
+
+def headline(retrieval, embeddings, gallery):
+    hits = per_query(retrieval, embeddings, gallery)
+    return float(hits["vote" if len(embeddings) > 1 else "member_1"][0].double().mean())
+
+
+def arrow(*scores):
+    return "Recall@1 " + " -> ".join(f"{100 * score:.1f}" for score in scores)
+
+
+def chance_level(retrieval, moved=False):
+    """Recall@1 of a lookup that knows nothing: the share of a query's candidates in its class.
+
+    moved: the candidates are those that, like the query, went to an image of another class.
+    """
+    _, index, size = retrieval.labels.unique(return_inverse=True, return_counts=True)
+    count = common.candidate_counts(retrieval.labels, retrieval.gallery_labels).double()
+    total = len(retrieval.names) - (retrieval.gallery is None)
+    if moved:                            # less that class, of this size on average, for it has left
+        total = total - ((size.square().sum() - size.square()) / (len(index) - size))[index]
+    return float((count / total).mean())
+
+
+def passes_of_checks(attack):
+    """Forward and backward passes per image and network, at most; without the transfer."""
+    every = [attack, attack, *variants_of(attack).values()]             # itself; as 8 bit
+    return sum(passes_of(own) + own.restarts + 1 for own in every) + \
+        2 * attack.restarts + NOISE_DRAWS + 4
+
+
+def source_of(retrieval, models, proxies=None):
+    """The source of the transfer check: these models on the same images; None where none are."""
+    return (common.Retrieval(models, retrieval.batches, retrieval.labels,
+                             gallery_batches=retrieval.gallery_batches,
+                             gallery_labels=retrieval.gallery_labels), proxies) if models else None
+
+
+def transfer_source(args, runs, checkpoints):
+    """The checkpoint of --transfer-from, of the same data as every run; None without the flag."""
+    def data_of(checkpoint):
+        flags = checkpoint["args"]
+        return (flags["dataset"], flags["image_size"], flags.get("crop"), checkpoint["classes"],
+                flags["val_classes"], flags["dataset"] in common.GENERATED and flags["seed"])
+
+    source = common.load_checkpoint(args.transfer_from) if args.transfer_from else None
+    for run, checkpoint in zip(runs, checkpoints if source else []):
+        if data_of(source) != data_of(checkpoint):
+            raise UserError(f"--transfer-from {args.transfer_from} has other data than {run}: give "
+                            f"a run with the same data set, classes and --image-size (and --seed, "
+                            f"where images are generated)")
+    return source
+
+
+def check_run(run, checkpoint, source, outcome, args, device):
+    """Print the checks of a run under the attack of the flags; they go into its results.json, and
+    what has failed into outcome["warnings"]."""
+    flags, results = argparse.Namespace(**checkpoint["args"]), outcome["results"]
+    (attack,), (members, test) = attacks_of(args, flags.seed), open_run(checkpoint, flags, args,
+                                                                        device)
+    if source and Path(run).resolve() == Path(args.transfer_from).resolve():
+        print(f"{run}: nothing to transfer from itself")
+        source = None
+    others = common.build_members(source, device) if source else []
+    for network in others:
+        network.amp = args.amp
+    proxies, theirs = ([point.to(device) for point in (own or {"proxies": []})["proxies"]] or None
+                       for own in (checkpoint, source))
+    passes = len(members) * passes_of_checks(attack) + len(others) * (passes_of(attack) + 1)
+    print(f"{run}: checks of {attack}, {len(test)} images: at most {passes * len(test):,} passes",
+          flush=True)
+
+    def entries(retrieval, attack):
+        found = []
+        for own in checks(retrieval, attack, proxies, source_of(retrieval, others, theirs)):
+            print(f"{'pass' if own['passed'] else 'WARNING'}  {own['name']}: {own['text']}",
+                  flush=True)
+            found.append(own)
+        return found
+
+    with common.frozen(*others):
+        _, found, _ = common.evaluate_set(
+            members, test, [attack], batch_size=args.batch_size, workers=args.workers,
+            device=device, seed=flags.seed, entries=entries)
+    stored = results or {"warnings": []}
+    add_checks(stored, attack, {"attack_words": str(attack), **attack.entry(), "amp": args.amp,
+                                "limited": test.limited, "n_queries": len(test)}, found)
+    if results and not args.dry_run:
+        common.write_atomic(Path(run) / "results.json", json.dumps(results, indent=1).encode())
+    earlier = check_alerts(outcome)
+    outcome["warnings"] = [alert for alert in outcome["warnings"] if alert not in earlier] + \
+        check_alerts(stored)
+
+
+def add_checks(results, attack, entry, found):
+    """Put the checks of an attack into the content of results.json, in the place of those of the
+    same names there; what has failed, of any attack, stands in its warnings."""
+    same = common.entries_of(results.get("checks", []), attack, entry["n_queries"], entry["amp"])
+    by_name = {own["name"]: own for old in [*same, {"checks": found}] for own in old["checks"]}
+    results["checks"] = [old for old in results.get("checks", []) if old not in same]
+    results["checks"].append({**entry, "checks": [*by_name.values()]})
+    failed = {f"{CHECK}{own['name']}: {own['text']}": old["attack_words"]
+              for old in results["checks"] for own in old["checks"] if not own["passed"]}
+    results["warnings"] = [alert for alert in results["warnings"] if not alert.startswith(CHECK)]
+    results["warnings"] += [f"{text} ({words})" for text, words in failed.items()]
+
+
+def check_alerts(results):
+    """The warnings that checks have left in results.json (None: there are none)."""
+    return [alert for alert in (results or {"warnings": []})["warnings"] if alert.startswith(CHECK)]
+
+
 # ---- command line
 
 def parse_args(argv=None):
@@ -1142,6 +1472,14 @@ def parse_args(argv=None):
     attack.add_argument("--seed", type=common.number(int, 0, 2**32 - 1), nargs="+", default=None,
                         help="of the attack; with several, tables show their mean (default: the "
                              "run's; 0 without RUN)")
+    attack.add_argument("--checks", action="store_true",
+                        help="look for signs that this attack's scores say nothing: gradient "
+                             "masking, too few steps, random outputs, collapse ...; warnings go "
+                             "into results.json and beside the run's rows in every table (some 50 "
+                             "times the attack's time)")
+    attack.add_argument("--transfer-from", default=None, metavar="RUN",
+                        help="--checks: also make the images on the networks of this run, of the "
+                             "same data, best an undefended one")
     data = parser.add_argument_group("data and machine")
     data.add_argument("--data-root", default=None,
                       help="(default: the run's; without RUN DATA_ROOT or data)")
@@ -1239,6 +1577,10 @@ def parse_args(argv=None):
                                            args.objective not in (None, ["neighbour"])):
         parser.error("--template-target self belongs to --protocol template and its objective "
                      "neighbour: drop it or the other flag")
+    if args.transfer_from and not args.checks:
+        parser.error("--transfer-from RUN needs --checks")
+    if args.checks:
+        checkable(attacks_of(args, 0))
     return args
 
 
@@ -1303,6 +1645,7 @@ def main(args):
             raise UserError(f"--per-member attacks the members of ensembles: {run} has one "
                             f"network; drop this run or the flag")
     device = common.pick_device(args.device, args.deterministic)
+    source = transfer_source(args, runs, checkpoints)
     if args.figures:
         pyplot()                                                          # installed?
         if not (drawable(attacks[0]) or args.sweep_eps or args.sweep_steps or args.per_member):
@@ -1311,6 +1654,8 @@ def main(args):
     rows, report = [], []
     for run, checkpoint in zip(runs, checkpoints):
         outcome = outcome_of(run, checkpoint, args, device)
+        if args.checks:
+            check_run(run, checkpoint, source, outcome, args, device)
         label = Path(run).stem if Path(run).is_file() else Path(run).resolve().name
         own = rows_of(outcome["clean"], outcome["found"], label, args.rules)
         undefended = None if args.rules else outcome["undefended"]
@@ -1395,6 +1740,7 @@ def outcome_of(run, checkpoint, args, device):
 
     if missing:
         clean, alerts = evaluate_run(checkpoint, flags, missing, args, device, done)
+        alerts = alerts + check_alerts(results)
     else:
         clean, alerts = results["clean"], results["warnings"]
         if not same_images(clean, known[0][0]):
@@ -1402,6 +1748,7 @@ def outcome_of(run, checkpoint, args, device):
                                           for entry in known[0]}}
     rest = iter(measured)
     return {"clean": clean, "warnings": alerts, "undefended": (results or {}).get("undefended"),
+            "results": results,
             "found": [(attack, entries or next(rest)) for attack, entries in zip(attacks, known)]}
 
 
@@ -1548,7 +1895,8 @@ def table_markdown(content):
         in_line.setdefault((row["name"], met[row_key], *row["seeds"]), []).append(row)
         met[row_key] += 1
     for (name, _, *seeds), own in in_line.items():
-        cells = [name + ("" if len(seeds) == most else f" (seeds: {len(seeds)})")]
+        cells = [name + warning_mark(content, name, seeds)
+                 + ("" if len(seeds) == most else f" (seeds: {len(seeds)})")]
         for side, attack, metric in columns:
             row = next((row for row in own if side == "clean" or row.get("attack", "") == attack),
                        {side: {}})
@@ -1565,8 +1913,17 @@ def table_markdown(content):
              f"{', mean ± std' if max(most, repeated) > 1 else ''}"
              f"{f'; NMI by chance {100 * chance[0]:.1f}' if chance else ''}. "
              f"Made by `{content['command']}`.")
-    return "\n".join([title, "", *lines, *(f"\nWarning: {alert}" for alert in content["warnings"])]
-                     ) + "\n"
+    return "\n".join([title, "", *lines, *(f"\nWarning [{number}]: {alert}" for number, alert in
+                                           enumerate(content["warnings"], 1))]) + "\n"
+
+
+def warning_mark(content, name, seeds):
+    """" [1, 2]" for a row whose runs have these warnings; "" without one."""
+    numbers = [number for number, alert in enumerate(content["warnings"], 1)
+               for run in content.get("flags", {})
+               if re.match(rf"{re.escape(run)}( (?!undefended|not trained)|$)", name)
+               and alert.startswith((f"{run}: ", *(f"{run}-s{seed}: " for seed in seeds)))]
+    return f" [{', '.join(map(str, numbers))}]" if numbers else ""
 
 
 def has_checkpoint(run):
