@@ -1381,11 +1381,12 @@ def check_run(run, checkpoint, source, outcome, args, device):
         _, found, _ = common.evaluate_set(
             members, test, [attack], batch_size=args.batch_size, workers=args.workers,
             device=device, seed=flags.seed, entries=entries)
-    stored = results or {"warnings": []}
+    path = Path(run) / "results.json"                # as it is now: attacks have been stored there
+    stored = common.read_json(path) if results else {"warnings": []}
     add_checks(stored, attack, {"attack_words": str(attack), **attack.entry(), "amp": args.amp,
                                 "limited": test.limited, "n_queries": len(test)}, found)
     if results and not args.dry_run:
-        common.write_atomic(Path(run) / "results.json", json.dumps(results, indent=1).encode())
+        common.write_atomic(path, json.dumps(stored, indent=1).encode())
     earlier = check_alerts(outcome)
     outcome["warnings"] = [alert for alert in outcome["warnings"] if alert not in earlier] + \
         check_alerts(stored)

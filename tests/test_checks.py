@@ -248,6 +248,13 @@ def test_the_checks_of_a_run_are_printed_and_stored(finished, capsys, monkeypatc
         {**before, "checks": 0, "warnings": 0, "robust": 0}
 
 
+def test_what_is_measured_together_with_its_checks_is_stored_too(finished, monkeypatch):
+    monkeypatch.setattr(evaluator, "SWEEP", (128,))
+    check(finished, "--eps", "3/255")
+    results = stored(finished)
+    assert any(entry["eps"] == 3 / 255 for entry in results["robust"]) and results["checks"]
+
+
 def test_a_later_check_of_the_same_attack_replaces_the_earlier_one(finished, capsys, monkeypatch):
     own = stored(finished)["warnings"]
     words = "(clustering: shift PGD-1, eps 8/255)"
