@@ -1578,8 +1578,8 @@ def parse_args(argv=None):
                                            args.objective not in (None, ["neighbour"])):
         parser.error("--template-target self belongs to --protocol template and its objective "
                      "neighbour: drop it or the other flag")
-    if args.transfer_from and not args.checks:
-        parser.error("--transfer-from RUN needs --checks")
+    if args.transfer_from and not (args.checks and args.runs):
+        parser.error("--transfer-from RUN needs --checks, of a RUN of the same data")
     if args.checks:
         checkable(attacks_of(args, 0))
     return args

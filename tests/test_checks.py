@@ -328,6 +328,8 @@ def test_what_cannot_be_checked_is_one_line(bad, finished, fails):
 def test_a_transfer_needs_checks_and_the_same_data(finished, tmp_path, fails):
     before = contents(finished)
     fails(2, ["--transfer-from", "--checks"], evaluator, finished, "--transfer-from", finished)
+    fails(2, ["--transfer-from", "of a RUN"], evaluator, "--arch", "convnet", "--weights", "none",
+          "--dataset", "gaussian", "--checks", "--transfer-from", finished)
     fails(2, ["nowhere"], evaluator, finished, "--checks", "--transfer-from", "nowhere")
     for flag, value in (("dataset", "cub"), ("image_size", 64), ("val_classes", 1)):
         other = torch.load(finished / "last.pt")
