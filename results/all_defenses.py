@@ -68,6 +68,7 @@ def main():
     if args.print:
         print(*(f"python {command}" for job in [*jobs, [last]] for command in job), sep="\n")
         return
+    (ROOT / "runs").mkdir(exist_ok=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         for _ in pool.map(lambda job: [run_command(command) for command in job], jobs):
             pass
@@ -76,11 +77,13 @@ def main():
 
 def run_command(command):
     """Run one of our scripts at the root; what it prints goes to runs/all_defenses.log."""
-    print(f"python {command}", flush=True)
+    print(f"python {command}\n", end="", flush=True)         # one write: lines stay whole
     with open(ROOT / "runs" / "all_defenses.log", "a") as log:
-        subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, check=True, stdout=log,
-                       stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1",
-                                        "OMP_WAIT_POLICY": "passive"})
+        done = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, stdout=log,
+                              stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1",
+                                               "OMP_WAIT_POLICY": "passive"})
+    if done.returncode:
+        raise SystemExit(f"python {command} failed: runs/all_defenses.log ends with the reason")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -37,6 +38,21 @@ def test_every_command_in_the_readme_parses(command, tmp_path, monkeypatch):
     script, *flags = command
     monkeypatch.chdir(tmp_path)                      # --resume looks for a run's folder
     SCRIPTS[script].parse_args(flags)
+
+
+@pytest.mark.parametrize("table", ["", "--matched"])
+def test_every_command_of_the_table_over_all_defenses_parses(table, tmp_path, monkeypatch):
+    shown = subprocess.run([sys.executable, ROOT / "results/all_defenses.py", "--print",
+                            *table.split()], capture_output=True, text=True, check=True).stdout
+    monkeypatch.chdir(tmp_path)                      # --resume looks for a run's folder
+    found = [shlex.split(line) for line in shown.splitlines()]
+    outs = [SCRIPTS[script].parse_args(flags).out for _, script, *flags in found
+            if script != "eval.py"]
+    assert len(outs) == len(set(outs)) == 3 * 16 and len(found) == 2 * len(outs) + 1
+    assert [flags[0] for _, script, *flags in found[1:-1:2]] == outs
+    assert {out.startswith("runs/matched-") for out in outs} == {bool(table)}
+    for _, script, *flags in found[1::2] + found[-1:]:
+        assert script == "eval.py" and SCRIPTS[script].parse_args(flags).protocol == "all"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
