@@ -1791,7 +1791,7 @@ def title_of(attacks):
     every = list(dict.fromkeys(attack.words() for attack in attacks))
     shared = [len(set(column)) == 1 for column in itertools.zip_longest(*every)]
     title = str(attacks[0]) if all(shared) else ": ".join(filter(None, [
-        attacks[0].protocol,
+        attacks[0].protocol if shared[0] else "every protocol",
         ", ".join(word for word, same in zip(every[0][1:], shared[1:]) if same)]))
     return title, {words: " ".join(word for word, same in zip(words, shared) if not same)
                    for words in every}

@@ -1052,3 +1052,9 @@ def test_attacks_that_share_their_protocol_alone_have_it_as_their_title():
     title, words = evaluator.title_of(attacks)
     assert title == "template" and sorted(words.values()) == [
         "neighbour FGSM eps 2.55/255", "shift PGD-5 eps 12.8/255"]
+
+
+def test_a_title_names_the_protocol_that_all_attacks_share_or_says_that_there_are_several():
+    two = [Attack(steps=3), Attack("template", eps=8 / 255, steps=3)]
+    assert evaluator.title_of(two)[0].startswith("every protocol: ")
+    assert evaluator.title_of([two[0], Attack(steps=4)])[0].startswith("clustering: shift")
