@@ -153,7 +153,7 @@ RECIPE = dict(arch="resnet18", embedding_dim=512, crop="square", epochs=75, batc
 # For generated data, on a CPU.
 SMALL = dict(arch="convnet", pool="avgmax", image_size=32, embedding_dim=64, epochs=16,
              batch_size=30, lr=1e-3, step_size=2 / 255, attack_steps=4, benign_epochs=8,
-             eps_ramp_epochs=4, plain_epochs=16)
+             eps_ramp_epochs=4, plain_epochs=10)
 
 
 def parse_args(argv=None):
