@@ -1716,6 +1716,10 @@ class Attack:
                 or objective.startswith("targeted")):
             raise UserError(f"--against and --attacker-share do not belong to {objective}: drop "
                             f"them")
+        if alone and (protocol == "ers" or objective == "worst" or attack == "curve"
+                      or against != "sum"):
+            raise UserError(f"members are attacked alone by one attack at one radius: drop "
+                            f"--per-member, or {objective} with {attack} against {against}")
         if not 0 < attacker_share <= 100 or attacker_share < 100 and template:
             raise UserError("--attacker-share is a percentage above 0 and belongs to --protocol "
                             "clustering: in template matching, queries do not see each other")

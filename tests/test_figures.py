@@ -300,6 +300,8 @@ def test_arrows_go_from_clean_to_attacked(plt):
     ("--sweep-eps --protocol template --min-eps", "--min-eps"), ("--sweep-eps 8", "8/255"),
     ("--sweep-eps --protocol ers", "--sweep-eps"), ("--per-member --protocol ers", "--per-member"),
     ("--sweep-steps --attack fgsm", "fgsm"), ("--sweep-eps --per-member", "--per-member"),
+    ("--per-member --objective worst", "alone"), ("--per-member --attack curve", "alone"),
+    ("--per-member --against concat", "alone"),
     ("--figures out --protocol ers", "--figures"), ("--per-member", "at-tiny-s0")])
 def test_bad_combinations_are_one_line(bad, words, runs, fails, monkeypatch):
     monkeypatch.setattr(common, "evaluate_set", must_not_run)

@@ -249,3 +249,8 @@ def test_entries_of_before_there_was_against_are_still_read():
             if name not in ("against", "attacker_share")} for entry in (new[0], new[2])]
     assert [common.entries_of(old, attack) for attack in attacks] == [
         [old[0]], [], [old[1]], [], []]
+
+
+def test_an_objective_that_there_is_not_is_no_other_one():
+    with pytest.raises(ValueError, match="worst"):
+        measure("worst", torch.eye(4), torch.tensor([0, 0, 1, 1]))
