@@ -19,8 +19,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
 from all_defenses import BENIGN, DEFENSES, MATCHED, TRIPLETS  # noqa: E402
+
+import common  # noqa: E402
 
 
 class Trained(Exception):
