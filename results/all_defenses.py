@@ -45,7 +45,7 @@ MATCHED = ("--arch convnet --embedding-dim 64 --epochs 16 --batch-size 30 --eps 
 BENIGN = 8
 TRIPLETS = ("est", "act", "panum", "panum-triplet", "hm-softhard-lga-ics")
 EVALUATION = "--protocol all --eps 8/255 --attack-steps 10 --limit-queries 200 --workers 0"
-TABLE = "--rules vote concat member_1 distance --table"
+TABLE = "--rules vote concat mean member_1 distance --table"
 
 
 def main():

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What the matched table states of cost: passes through the network per training image.
 
-    python results/count_passes.py              # three minutes; writes results/matched-passes.csv
+    python results/count_passes.py              # four minutes; writes results/matched-passes.csv
 
 Counts the images that a network is given in one epoch without and one with the attack, by running
 both, and adds them up over the epochs of `results/all_defenses.py --matched`. A pass is a forward
@@ -65,7 +65,7 @@ def main():
         quiet = count(one, "--epochs 1 --eps-ramp-epochs 1")
         both = count(one, "--epochs 2 --eps-ramp-epochs 1")
         passes = (benign + 1) * quiet + (total - benign - 1) * (both - quiet)
-        for rule in ("", " vote", " concat", " distance"):
+        for rule in ("", " vote", " concat", " mean", " member_1", " distance"):
             rows.append([f"matched-{name}-glyphs-convnet{rule}", f"{passes:.0f}"])
     with open(ROOT / "results" / "matched-passes.csv", "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([["row", "passes"], *rows])
