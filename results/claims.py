@@ -152,12 +152,15 @@ attack has halved Recall@1.
 """
 
 
+def content(table):
+    """What results/TABLE.json holds."""
+    return json.loads((RESULTS / f"{table}.json").read_text())
+
+
 def figure(table, row, attack, metric):
     """[mean, std] of one cell of results/TABLE.json."""
-    content = json.loads((RESULTS / f"{table}.json").read_text())
-    name = full_name(table, row)
-    side = "clean" if attack == CLEAN else "attacked"
-    found = {tuple(own[side][metric]) for own in content["rows"] if own["name"] == name
+    name, side = full_name(table, row), "clean" if attack == CLEAN else "attacked"
+    found = {tuple(own[side][metric]) for own in content(table)["rows"] if own["name"] == name
              and attack in (CLEAN, own.get("attack", "")) and metric in own[side]}
     if len(found) != 1:
         raise SystemExit(f"results/{table}.json has {len(found)} cells {name}, {attack}, {metric}")
@@ -202,11 +205,13 @@ def section(title, claims):
         rows = []
         for higher, lower, metric in comparisons:
             figures = figure(*higher, metric), figure(*lower, metric)
-            attacks = dict.fromkeys(side[2] or "the table's attack" for side in (higher, lower))
+            attacks = dict.fromkeys(attack or content(table)["title"]
+                                    for table, _, attack in (higher, lower))
+            what = f"{higher[1]} above {lower[1]}" if higher[1] != lower[1] else higher[1]
             rows.append((judge(*figures),
-                         f"| {higher[1]} above {lower[1]} | {', then '.join(attacks)} "
-                         f"| {common.metric_name(metric)} | {shown(figures[0], metric)} "
-                         f"| {shown(figures[1], metric)} | [{higher[0]}]({higher[0]}.md) "))
+                         f"| {what} | {' above '.join(attacks)} | {common.metric_name(metric)} "
+                         f"| {shown(figures[0], metric)} | {shown(figures[1], metric)} "
+                         f"| [{higher[0]}]({higher[0]}.md) "))
         lines += [f"### {claim}: {verdict(own for own, _ in rows)}", "",
                   "| claimed | attack | | | | table | |", "|---|---|---|---:|---:|---|---|",
                   *(f"{row}| {own} |" for own, row in rows), ""]
@@ -219,22 +224,21 @@ def commands(papers):
                            for comparison in comparisons for side in comparison[:2])
     lines = ["## Commands", ""]
     for table in tables:
-        content = json.loads((RESULTS / f"{table}.json").read_text())
-        lines += [f"`results/{table}.json` ({content['title']}):", "",
-                  f"    {content['command']}", ""]
+        own = content(table)
+        lines += [f"`results/{table}.json` ({own['title']}):", "", f"    {own['command']}", ""]
     return lines
 
 
-def main():
+def text():
+    """results/claims.md."""
     papers = [("EAT (Ke, arXiv 2501.01025)", EAT),
               ("Robust contrastive and triplet training (Panum et al., arXiv 2102.07265)", PANUM),
               ("Hardness Manipulation (Zhou & Patel, CVPR 2022)", HM)]
     lines = [HEAD]
     for title, claims in papers:
         lines += section(title, claims)
-    lines += commands(papers)
-    (RESULTS / "claims.md").write_text("\n".join(lines))
+    return "\n".join(lines + commands(papers))
 
 
 if __name__ == "__main__":
-    main()
+    (RESULTS / "claims.md").write_text(text())
