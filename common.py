@@ -52,7 +52,7 @@ class RunFailed(RuntimeError):
 
 
 # ---- randomness: every stream is a function of (seed, epoch, purpose), so resuming needs no state
-DATA, SPLIT, BATCHES, AUGMENT, TRAIN, EVALUATE, INITIAL, PROXIES, TARGETS = range(9)
+DATA, SPLIT, BATCHES, AUGMENT, TRAIN, EVALUATE, INITIAL, PROXIES, TARGETS, CLASSES = range(10)
 MEMBER = 100                                        # a purpose for member i: + MEMBER * i
 
 
@@ -1180,14 +1180,37 @@ def recall_at_k(embeddings: Tensor, labels: Tensor, ks=(1, 2, 4, 8), gallery: Te
     needs fewer than K candidates of other classes at least as near as the nearest one of its own.
     A query whose class has no candidate is a miss. -> {K: share in [0, 1]}.
     """
-    hits = torch.zeros(len(ks), dtype=torch.int64)
+    hit = recall_hits(embeddings, labels, ks, gallery, gallery_labels)
+    return {k: count / max(len(labels), 1) for k, count in zip(ks, hit.sum(0).tolist())}
+
+
+@torch.no_grad()
+def recall_hits(embeddings, labels, ks, gallery=None, gallery_labels=None):
+    """recall_at_k query by query: bool (n, len(ks))."""
+    hits = []
     for similarity, relevant in similarities(embeddings, labels, gallery, gallery_labels):
         nearest = similarity.masked_fill(~relevant, -torch.inf).amax(1, keepdim=True)
         # not (other < nearest), so that a NaN counts against the query too
         nearer = (~relevant & ~(similarity < nearest)).sum(1)
         found = relevant.any(1) & nearest[:, 0].isfinite()
-        hits += torch.stack([(found & (nearer < k)).sum() for k in ks]).cpu()
-    return {k: hit / max(len(labels), 1) for k, hit in zip(ks, hits.tolist())}
+        hits.append(torch.stack([found & (nearer < k) for k in ks], 1))
+    return torch.cat(hits).cpu()
+
+
+def recall_interval(hit: Tensor, labels: Tensor, seed: int, draws: int = 1000) -> dict[str, float]:
+    """The 95 % interval of Recall@1 over classes: {"R@1_low": share, "R@1_high": share}.
+
+    hit (n,): the queries that are right at rank 1 (or their mean over members), labels (n,). As
+    many classes as there are, drawn with replacement, all queries of each, 1,000 times: percentiles
+    2.5 and 97.5. The candidates stay. The same seed draws the same classes for every network.
+    """
+    index = labels.unique(return_inverse=True)[1].cpu()
+    right = index.bincount(weights=hit.cpu().double()).numpy()
+    size = index.bincount().numpy()
+    times = random_stream(seed, 0, CLASSES).multinomial(
+        len(size), np.full(len(size), 1 / len(size)), size=draws)                   # (draws, C)
+    low, high = np.quantile(times @ right / (times @ size), (0.025, 0.975))
+    return {"R@1_low": float(low), "R@1_high": float(high)}
 
 
 @torch.no_grad()
@@ -1551,23 +1574,29 @@ def metrics_by_rule(embeddings, labels, *, ks, clusters, seed, gallery=None, gal
 
     Rules: member_1 ...; for two members or more also vote, member_mean (the mean of the members'
     scores), concat (concatenated embeddings) and mean (their normalised average). gallery: one
-    tensor per member. clusters: k of k-means. clustering False: NMI, AMI and F1 are None.
+    tensor per member. clusters: k of k-means. clustering False: NMI, AMI and F1 are None. R@1_low
+    and R@1_high: `recall_interval`.
     """
     spaces = rule_spaces(embeddings, gallery)
-    scores, assignments = {}, {}
+    scores, assignments, hits = {}, {}, {}
     for name, (own, other) in spaces.items():
-        recall = recall_at_k(own, labels, ks, other, gallery_labels)
-        scores[name] = {f"R@{k}": recall[k] for k in ks}
+        hit = recall_hits(own, labels, (1, *ks), other, gallery_labels)
+        hits[name] = hit[:, 0].double()
+        scores[name] = {f"R@{k}": count / max(len(labels), 1)
+                        for k, count in zip(ks, hit[:, 1:].sum(0).tolist())}
+        scores[name] |= recall_interval(hits[name], labels, seed)
         scores[name]["mAP@R"] = map_at_r(own, labels, other, gallery_labels)
         assignments[name] = kmeans(own, clusters, seed).cpu() if clustering else None
         scores[name] |= _cluster_scores(labels, assignments[name])
     members = [name for name in spaces if name.startswith("member_")]
     if len(members) > 1:
         scores = {"vote": _vote_scores(embeddings, labels, ks, clusters, gallery, gallery_labels,
-                                       [assignments[name] for name in members]),
+                                       [assignments[name] for name in members], seed),
                   "member_mean": {key: None if value is None else
                                   float(np.mean([scores[name][key] for name in members]))
                                   for key, value in scores[members[0]].items()}} | scores
+        mean = sum(hits[name] for name in members) / len(members)
+        scores["member_mean"] |= recall_interval(mean, labels, seed)
     singletons = int((candidate_counts(labels, gallery_labels) == 0).sum())
     chance = None
     if clustering:
@@ -1605,7 +1634,7 @@ def _cluster_scores(labels, assigned):
             "F1": pairwise_f1(labels, assigned)}
 
 
-def _vote_scores(embeddings, labels, ks, clusters, gallery, gallery_labels, assignments):
+def _vote_scores(embeddings, labels, ks, clusters, gallery, gallery_labels, assignments, seed):
     """Scores of the vote, with the share of ties at rank 1 and Recall@1 with ties lost and won.
 
     mAP@R reads the voted list as a ranking. A tie: several labels share the highest count.
@@ -1624,7 +1653,7 @@ def _vote_scores(embeddings, labels, ks, clusters, gallery, gallery_labels, assi
     top = agreeing == agreeing.amax(0)
     tie = (top & (first != vote_labels(first))).any(0)
     right = (top & (first == labels)).any(0)                        # among the labels that lead
-    scores = {f"R@{k}": recall[k] for k in ks}
+    scores = {f"R@{k}": recall[k] for k in ks} | recall_interval(hit[:, 0], labels, seed)
     scores["mAP@R"] = float(precision.mean()) if len(precision) else 0.0
     scores |= _cluster_scores(labels, None if assignments[0] is None else
                               vote_clusters(torch.stack(assignments), clusters))

@@ -625,6 +625,7 @@ def worst_entries(retrieval, attack, proxies=None):
                 own[f"bound{suffix}"] = float(all_hit.double().mean())
             own |= {name + suffix: value for name, value in worst.items()}
             own[f"worst_by{suffix}"] = by
+            own |= common.recall_interval(hit, retrieval.labels, attack.seed)     # the last: of all
         own["hits"] = np.packbits(hit.cpu().numpy()).tobytes().hex()
         own["parts"] = {name: scores[rule]["R@1"] for name, *_, scores in found}
         every[rule] = own
@@ -1415,6 +1416,10 @@ def check_alerts(results):
 
 # ---- command line
 
+METRICS = ("R@1", "R@2", "R@4", "R@8", "R@10", "R@20", "R@100", "R@1000", "R@1_low", "R@1_high",
+           "mAP@R", "NMI", "AMI", "F1", "mAP@R_free", "AMI_free", *common.FURTHER_FIGURES)
+
+
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN",
@@ -1508,14 +1513,14 @@ def parse_args(argv=None):
                         help="show these inference rules of ensembles alone: vote, member_mean, "
                              "concat, mean, member_1 ..., and no undefended rows")
     output.add_argument("--metrics", nargs="+", default=None, metavar="NAME",
-                        choices=("R@1", "R@2", "R@4", "R@8", "R@10", "R@20", "R@100", "R@1000",
-                                 "mAP@R", "NMI", "AMI", "F1", "mAP@R_free", "AMI_free",
-                                 *common.FURTHER_FIGURES),
-                        help="the columns of --table: R@1 mAP@R ...; R@1_free: of worst, under the "
+                        choices=METRICS,
+                        help="the columns of --table: R@1 mAP@R ...; R@1_low, R@1_high: its 95 %% "
+                             "interval over classes (bootstrap); R@1_free: of worst, under the "
                              "label-free attacks alone")
     output.add_argument("--beside", default=None, metavar="FILE",
                         help="a CSV of published figures, whose first column names rows of "
-                             "--table: its other columns stand beside them")
+                             "--table: its other columns stand beside them, but for those whose "
+                             "names end in a metric that --metrics leaves out")
     output.add_argument("--figures", default=None, metavar="DIR",
                         help="draw embeddings, their shift and nearest neighbours before and after "
                              "the first attack, the curves of --eval-every, if there are any, and "
@@ -1853,9 +1858,10 @@ def table_content(report, attacks, title, metrics=None, beside=None):
             row["attack_std"] = {metric: mean for metric, (mean, _) in
                                  spread([own["attack_std"] for _, own in found]).items()}
         if beside:
-            row["beside"] = beside.get(name, {})
+            row["beside"] = {column: figure for column, figure in beside.get(name, {}).items()
+                             if not metrics or column.split()[-1] not in {*METRICS} - {*metrics}}
         rows.append(row)
-    if beside and not any(row["beside"] for row in rows):
+    if beside and not any(row["name"] in beside for row in rows):
         raise UserError(f"--beside names none of these rows: it has {', '.join(list(beside)[:3])} "
                         f"..., the table {', '.join(row['name'] for row in rows[:3])} ...")
     return {"command": shlex.join(["python", "eval.py", *sys.argv[1:]]),

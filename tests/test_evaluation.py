@@ -21,7 +21,8 @@ from eval import evaluate_robustness
 EPS = 8 / 255
 RETRIEVAL = ("R@1", "R@2", "R@4", "R@8", "mAP@R")
 CLUSTERING = ("NMI", "AMI", "F1")
-SCORES = {*RETRIEVAL, *CLUSTERING, "NMI_chance", "n_queries", "n_singletons"}
+SCORES = {*RETRIEVAL, *CLUSTERING, "R@1_low", "R@1_high", "NMI_chance", "n_queries",
+          "n_singletons"}
 ATTACK = {"protocol", "attack", "objective", "norm", "eps", "eps_255", "step", "step_255", "steps",
           "restarts", "random_start", "seed", "against", "attacker_share"}
 SHORT = {"steps": 3, "eps": 0.05}

@@ -3,17 +3,23 @@
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from common import (
+    CLASSES,
     ami,
     kmeans,
     map_at_r,
+    metrics_by_rule,
     nmi,
     pairwise_f1,
+    random_stream,
     recall_at_k,
+    recall_hits,
+    recall_interval,
     vote_clusters,
     vote_recall,
 )
@@ -260,6 +266,52 @@ def test_scores_are_python_floats():
     assert all(type(value) is float for value in recall_at_k(embeddings, labels).values())
     scores = map_at_r(embeddings, labels), nmi(labels, labels), ami(labels, labels)
     assert all(type(value) is float for value in (*scores, pairwise_f1(labels, labels)))
+
+
+# ---- the interval over classes
+
+def naive_interval(hit, labels, seed, draws=1000):
+    """The bootstrap by its definition: the drawn classes' queries, one after the other."""
+    names = labels.unique().tolist()
+    times = random_stream(seed, 0, CLASSES).multinomial(
+        len(names), [1 / len(names)] * len(names), size=draws)
+    shares = []
+    for drawn in times.tolist():
+        queries = [value for name, count in zip(names, drawn)
+                   for value in hit[labels == name].tolist() * count]
+        shares.append(sum(queries) / len(queries))
+    return np.percentile(shares, 2.5), np.percentile(shares, 97.5)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_interval_is_that_of_a_naive_bootstrap_over_classes(seed):
+    labels = random_labels(60, 9, seed) * 5 - 3                      # uneven classes, any names
+    hit = torch.rand(60, generator=seeded(seed)) < 0.3 + labels / 100
+    low, high = recall_interval(hit, labels, seed).values()
+    assert (low, high) == pytest.approx(naive_interval(hit, labels, seed), abs=1e-12)
+    assert low < hit.double().mean() < high
+
+
+def test_the_interval_is_of_classes_and_not_of_queries():
+    labels = torch.arange(10).repeat_interleave(50)
+    by_class, mixed = labels < 5, torch.arange(500) % 2 == 0         # both right half of the time
+    assert recall_interval(by_class, labels, 0) == {"R@1_low": 0.2, "R@1_high": 0.8}
+    assert recall_interval(mixed, labels, 0) == {"R@1_low": 0.5, "R@1_high": 0.5}
+    one = torch.zeros(500, dtype=torch.int64)
+    assert recall_interval(by_class, one, 0) == {"R@1_low": 0.5, "R@1_high": 0.5}
+
+
+def test_every_rule_has_the_interval_of_its_own_hits():
+    labels = random_labels(40, 8, 0)
+    members = [unit_rows(40, 6, seed) for seed in SEEDS]
+    scores = metrics_by_rule(members, labels, ks=(2,), clusters=8, seed=3, clustering=False)
+    hits = [recall_hits(own, labels, (1,))[:, 0].double() for own in members]
+    for rule, hit in (("member_2", hits[1]), ("member_mean", sum(hits) / 3),
+                      ("concat", recall_hits(torch.cat(members, 1), labels, (1,))[:, 0])):
+        expected = recall_interval(hit, labels, 3)
+        assert {name: scores[rule][name] for name in expected} == pytest.approx(expected)
+    assert all(score["R@1_low"] <= score["R@1_high"] for score in scores.values())
+    assert [float(hit.mean()) for hit in hits] == [recall_at_k(own, labels)[1] for own in members]
 
 
 # ---- k-means

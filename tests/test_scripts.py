@@ -1727,15 +1727,18 @@ def test_a_table_of_ers_is_on_its_own_scales(scored_run, tmp_path):
 # ---- (24) eval.py --beside
 
 def test_published_figures_stand_beside_their_rows(seed_runs, tmp_path):
-    (tmp_path / "paper.csv").write_text("row,paper R@1,paper ERS\nest,37.1,collapse\nother,1,2\n")
+    (tmp_path / "paper.csv").write_text(
+        "row,paper R@1,paper ERS,paper NMI,words\nest,37.1,collapse,46.4,-\nother,1,2,3,4\n")
     evaluate(*seed_runs, *HERE, "--table", tmp_path / "table", "--rules", "vote", "--metrics",
-             "R@1", "--beside", tmp_path / "paper.csv")
+             "R@1", "R@1_low", "ERS", "--beside", tmp_path / "paper.csv")
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
-    assert [row["beside"] for row in rows] == [{}, {"paper R@1": "37.1", "paper ERS": "collapse"}]
+    assert [row["beside"] for row in rows] == [
+        {}, {"paper R@1": "37.1", "paper ERS": "collapse", "words": "-"}]      # NMI: no column here
     head, at, est = (line for line in (tmp_path / "table.md").read_text().splitlines()
                      if line.startswith("| "))
-    assert head == "| in % | clean R@1 | attacked R@1 | paper R@1 | paper ERS |"
-    assert at.endswith(" | - | - |") and est.endswith(" | 37.1 | collapse |")
+    assert head == "| in % | clean R@1 | clean R@1 low | attacked R@1 | attacked R@1 low " \
+                   "| paper R@1 | paper ERS | words |"
+    assert at.endswith(" | - | - | - |") and est.endswith(" | 37.1 | collapse | - |")
 
 
 @pytest.mark.parametrize("text, words", [

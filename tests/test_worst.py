@@ -20,7 +20,7 @@ from test_scripts import HERE, evaluate, stored
 
 import common
 import eval as evaluator
-from common import Attack, UserError, pgd, recall_at_k
+from common import Attack, UserError, pgd, recall_at_k, recall_interval
 from eval import ascend, evaluate_robustness, halved, joint, square
 
 pictures, finished_run = test_scripts.pictures, test_scripts.finished_run
@@ -285,6 +285,8 @@ def test_the_worst_of_queries_is_of_each_the_attack_that_makes_it_a_miss(
                 {name: by.count(name) / count for name in names})
         misses = {name: [hit for hit, _ in found] for name, found in every.items()}
         assert unpacked(entry, count) == [min(own) for own in zip(*misses.values())]
+        interval = recall_interval(torch.tensor(unpacked(entry, count)), labels, 0)
+        assert {name: entry[name] for name in interval} == interval
         assert entry["parts"] == pytest.approx({name: statistics.mean(own)
                                                 for name, own in misses.items()})
         assert not any("tie" in name for name in entry)
@@ -317,6 +319,8 @@ def test_the_worst_of_sets_is_one_attack_for_each_figure(members, rules, monkeyp
                 all(own) for own in zip(*(hits[name] for name in names))))
             assert entry["bound" + suffix] <= entry["R@1" + suffix]
         assert unpacked(entry, 16) == hits[entry["worst_by"]["R@1"]]
+        interval = recall_interval(torch.tensor(hits[entry["worst_by"]["R@1"]]), labels, 2)
+        assert {name: entry[name] for name in interval} == interval
         assert entry["parts"] == {name: own[rule]["R@1"] for name, own in scores.items()}
     if members > 1:
         objective, _, against = entries["vote"]["worst_by"]["AMI"].partition(" against ")
