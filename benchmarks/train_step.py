@@ -6,7 +6,7 @@
     python benchmarks/train_step.py --arch mobilenetv2 --image-size 224 --device cuda --amp
 
 The step is the body of the loop in the script's own `main`, which runs here on one batch that
-stays the same. In turn with it, in the same process, on that batch:
+stays the same. In turn with it, in the same process, on that batch, first one, then the other:
 
     bare    its passes alone: forward, forward and input gradient (parameters frozen), forward and
             full gradient, on as many images, in the same precision and memory layout
@@ -16,7 +16,7 @@ stays the same. In turn with it, in the same process, on that batch:
 efficiency = bare / step and speedup = field / step, medians over the rounds. COST says which passes
 a defense needs; a step that makes others is an error. Every defense has a process of its own, whose
 peak memory before the copies for bare and field exist is in the table. Flags that are not listed
-below go to the scripts: --attack-steps 20, --batch-size 8, --no-split ...
+below go to the scripts: --attack-steps 20, --batch-size 8 ...
 """
 
 import argparse
@@ -184,7 +184,7 @@ def field_step(script, optimizers, networks, proxies, images, losses):
 def measure(defense, arch, image_size, device, recipe, rounds, extra):
     """One row of the table."""
     made, numbers, row = [], {}, {"defense": defense, "arch": arch, "image_size": image_size}
-    seconds = {"step": [], "bare": [], "field": []}
+    seconds = {"bare": [], "field": []}                      # [(of the step, of the other)]
     forward = common.EmbeddingModel.forward
 
     def counted(network, images):
@@ -192,6 +192,18 @@ def measure(defense, arch, image_size, device, recipe, rounds, extra):
             "full" if network.head.weight.requires_grad else "input"
         made.append((kind, numbers.setdefault(network, len(numbers)), len(images)))
         return forward(network, images)
+
+    def check_passes(passes, networks, images):
+        """Images per kind of pass, in the row; they must be those of COST."""
+        done = Counter()
+        for kind, _, rows in passes:
+            done[kind] += rows
+        row["passes"] = {kind: done[kind] for kind in ("forward", "input", "full")}
+        needed = COST[defense](images, args.attack_steps, networks,
+                               done["input"] // max(args.attack_steps, 1))
+        if tuple(row["passes"].values()) != needed:
+            raise RuntimeError(f"a step of {defense} sends {row['passes']} images through its "
+                               f"networks and needs {needed}: does a flag change that?")
 
     def instead_of_progress(stream, *_):
         """The loop of `main` runs over this: the first batch of the epoch, over and over."""
@@ -207,25 +219,22 @@ def measure(defense, arch, image_size, device, recipe, rounds, extra):
             network.amp = False
         proxies = [common.new_proxies(args, CLASSES, images.device) for _ in theirs]
         optimizers = [common.proxy_optimizer(args, *pair) for pair in zip(theirs, proxies)]
-        for _ in range(rounds + 1):
-            made.clear()
-            started = clock(images.device)
-            yield batch
-            seconds["step"].append(clock(images.device) - started)
-            passes = list(made)
-            done = Counter()
-            for kind, _, rows in passes:
-                done[kind] += rows
-            row["passes"] = {kind: done[kind] for kind in ("forward", "input", "full")}
-            needed = COST[defense](len(images), args.attack_steps, len(networks),
-                                   done["input"] // max(args.attack_steps, 1))
-            if tuple(row["passes"].values()) != needed and "--no-split" not in extra:
-                raise RuntimeError(f"a step of {defense} sends {row['passes']} images through its "
-                                   f"networks and needs {needed}: does a flag change that?")
-            seconds["bare"].append(bare_step(passes, networks, images))
-            losses = field_losses(defense, args, theirs, proxies, images.contiguous(), labels,
-                                  passes)
-            seconds["field"].append(field_step(script, optimizers, theirs, proxies, images, losses))
+        # One after the other: a step is slower right after field, whose memory has another shape.
+        for other, taken in seconds.items():
+            for _ in range(rounds + 1):
+                made.clear()
+                started = clock(images.device)
+                yield batch
+                step = clock(images.device) - started
+                passes = list(made)
+                check_passes(passes, len(networks), len(images))
+                if other == "bare":
+                    taken.append((step, bare_step(passes, networks, images)))
+                    continue
+                losses = field_losses(defense, args, theirs, proxies, images.contiguous(), labels,
+                                      passes)
+                taken.append((step, field_step(script, optimizers, theirs, proxies, images,
+                                               losses)))
         raise Enough
 
     with tempfile.TemporaryDirectory() as folder:
@@ -236,13 +245,14 @@ def measure(defense, arch, image_size, device, recipe, rounds, extra):
                 patch.object(common.EmbeddingModel, "forward", counted), \
                 contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Enough):
             script.main(args)
-    step, bare, field = (values[1:] for values in seconds.values())          # the first: a warm-up
+    bare, field = (taken[1:] for taken in seconds.values())                  # the first: a warm-up
+    step = median(own for own, _ in bare)
     return row | {"attack_steps": args.attack_steps, "embedding_dim": args.embedding_dim,
-                  "amp": args.amp, "images_per_second": row["images"] / median(step),
-                  "step_ms": 1000 * median(step),
-                  "bare_ms": 1000 * median(bare), "field_ms": 1000 * median(field),
-                  "efficiency": median(b / s for b, s in zip(bare, step)),
-                  "speedup": median(f / s for f, s in zip(field, step))}
+                  "amp": args.amp, "images_per_second": row["images"] / step,
+                  "step_ms": 1000 * step, "bare_ms": 1000 * median(other for _, other in bare),
+                  "field_ms": 1000 * median(other for _, other in field),
+                  "efficiency": median(other / own for own, other in bare),
+                  "speedup": median(other / own for own, other in field)}
 
 
 def main(argv=None):
