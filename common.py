@@ -1142,10 +1142,12 @@ def shift_objective(models, references):
 # ---- metrics ---------------------------------------------------------------------------------
 
 def similarities(embeddings, labels, gallery=None, gallery_labels=None):
-    """Chunk by chunk: (similarity (b, N), relevant (b, N) bool), for the three gallery forms.
+    """Chunk by chunk: (rows (b,), similarity (b, N), best (b,)), for the three gallery forms.
 
-    similarity orders candidates as the Euclidean distance does: x.y - |y|^2 / 2. The query itself
-    (leave-one-out, or row i of a gallery of the same images) is -inf and never relevant.
+    similarity orders candidates as the Euclidean distance does: x.y - |y|^2 / 2. Candidates of the
+    query's own class are lowered by the last bit, so that they lose every tie; best is the highest
+    of them (-inf: none). The query itself (leave-one-out, or row i of a gallery of the same images)
+    is -inf. Where embeddings are not finite, what is NaN counts against the query too.
     """
     same_images = gallery_labels is None
     gallery = embeddings if gallery is None else gallery
@@ -1153,20 +1155,58 @@ def similarities(embeddings, labels, gallery=None, gallery_labels=None):
     if same_images and len(gallery) != len(embeddings):
         raise ValueError(f"a gallery without labels holds the same images in the same order: "
                          f"{len(gallery)} rows for {len(embeddings)} queries")
+    if len(embeddings) == 0:
+        return
     # A matrix product rounds equal columns differently, and equal images must tie: multiply once.
     distinct, column = gallery.unique(dim=0, return_inverse=True)
     if len(distinct) == len(gallery):
         distinct, column = gallery, None
     half_norm = distinct.square().sum(1) / 2
-    chunk = max(1, 2**24 // len(gallery))
-    for rows in torch.arange(len(labels), device=labels.device).split(chunk):
-        similarity = embeddings[rows] @ distinct.T - half_norm
+    finite = bool(embeddings.isfinite().all() & gallery.isfinite().all())
+    # The candidates of every class stand together in `order`, from `start` on.
+    index = torch.cat([labels, gallery_labels]).unique(return_inverse=True)[1]
+    own, index = index[:len(labels)], index[len(labels):]
+    size = index.bincount(minlength=int(own.max()) + 1)
+    order, start = index.argsort(stable=True), size.cumsum(0) - size
+    place, chunk = torch.arange(int(size.max()), device=labels.device), 2**22 // len(gallery)
+    for rows in torch.arange(len(labels), device=labels.device).split(max(1, chunk)):
+        similarity = embeddings[rows] @ distinct.T
+        similarity -= half_norm
         similarity = similarity if column is None else similarity[:, column]
-        relevant = labels[rows, None] == gallery_labels
+        if not finite:
+            similarity.nan_to_num_(nan=torch.inf)
+        classes = own[rows, None]
+        columns = order[(start[classes] + place).clamp(max=len(gallery) - 1)]
+        relevant = index[columns] == classes                   # (b, largest class), not (b, N)
+        value = similarity.gather(1, columns)
+        lowered = torch.nextafter(value, value.new_tensor(-torch.inf))
+        lowered = lowered.masked_fill(~value.isfinite(), -torch.inf)
+        similarity.scatter_(1, columns, torch.where(relevant, lowered, value))
         if same_images:
             similarity[torch.arange(len(rows)), rows] = -torch.inf
-            relevant[torch.arange(len(rows)), rows] = False
-        yield similarity, relevant
+            relevant &= columns != rows[:, None]
+        yield rows, similarity, lowered.masked_fill(~relevant, -torch.inf).amax(1)
+
+
+@torch.no_grad()
+def ranking_scores(embeddings, labels, ks, gallery=None, gallery_labels=None, precision=True):
+    """(Recall@K query by query, bool (n, len(ks)); mAP@R or 0) in one pass over the candidates."""
+    count, same_images = candidate_counts(labels, gallery_labels), gallery_labels is None
+    names = labels if same_images else gallery_labels
+    most = int(count.max()) if precision and len(count) else 0
+    hits = torch.zeros(len(labels), len(ks), dtype=torch.bool, device=labels.device)
+    average = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
+    for rows, similarity, best in similarities(embeddings, labels, gallery, gallery_labels):
+        if ks:
+            nearer = (similarity > best[:, None]).sum(1)
+            for place, k in enumerate(ks):
+                hits[rows, place] = best.isfinite() & (nearer < k)
+        if most > 0:
+            nearest = similarity.topk(most).indices
+            hit = names[nearest] == labels[rows, None]
+            hit = hit & (nearest != rows[:, None]) if same_images else hit
+            average[rows] = average_precision(hit, count[rows])
+    return hits.cpu(), float(average.sum() / (count > 0).sum().clamp(min=1))
 
 
 @torch.no_grad()
@@ -1180,21 +1220,8 @@ def recall_at_k(embeddings: Tensor, labels: Tensor, ks=(1, 2, 4, 8), gallery: Te
     needs fewer than K candidates of other classes at least as near as the nearest one of its own.
     A query whose class has no candidate is a miss. -> {K: share in [0, 1]}.
     """
-    hit = recall_hits(embeddings, labels, ks, gallery, gallery_labels)
+    hit, _ = ranking_scores(embeddings, labels, ks, gallery, gallery_labels, precision=False)
     return {k: count / max(len(labels), 1) for k, count in zip(ks, hit.sum(0).tolist())}
-
-
-@torch.no_grad()
-def recall_hits(embeddings, labels, ks, gallery=None, gallery_labels=None):
-    """recall_at_k query by query: bool (n, len(ks))."""
-    hits = []
-    for similarity, relevant in similarities(embeddings, labels, gallery, gallery_labels):
-        nearest = similarity.masked_fill(~relevant, -torch.inf).amax(1, keepdim=True)
-        # not (other < nearest), so that a NaN counts against the query too
-        nearer = (~relevant & ~(similarity < nearest)).sum(1)
-        found = relevant.any(1) & nearest[:, 0].isfinite()
-        hits.append(torch.stack([found & (nearer < k) for k in ks], 1))
-    return torch.cat(hits).cpu()
 
 
 def recall_interval(hit: Tensor, labels: Tensor, seed: int, draws: int = 1000) -> dict[str, float]:
@@ -1222,22 +1249,7 @@ def map_at_r(embeddings: Tensor, labels: Tensor, gallery: Tensor | None = None,
     Arguments as in recall_at_k. Queries with R = 0 are left out of the mean. Ties count against
     the query.
     """
-    total, queries = 0.0, 0
-    for similarity, relevant in similarities(embeddings, labels, gallery, gallery_labels):
-        count = relevant.sum(1)
-        if count.max() > 0:
-            hit = relevant.gather(1, _nearest(similarity, relevant, int(count.max())))
-            total += float(average_precision(hit, count).sum())
-        queries += int((count > 0).sum())
-    return total / max(queries, 1)
-
-
-def _nearest(similarity, relevant, k):
-    """Indices (b, k) of the nearest candidates; at a tie or NaN irrelevant ones come first."""
-    below = torch.nextafter(similarity, similarity.new_tensor(-torch.inf))
-    ranked = torch.where(relevant, below.nan_to_num(nan=-torch.inf),
-                         similarity.nan_to_num(nan=torch.inf))
-    return ranked.topk(min(k, similarity.shape[1])).indices
+    return ranking_scores(embeddings, labels, (), gallery, gallery_labels)[1]
 
 
 def average_precision(hit, count):
@@ -1564,7 +1576,7 @@ def attack_embeddings(models, batches, make_objective, *, eps, step_size, steps,
 def neighbour_labels(embeddings, labels, k, gallery=None, gallery_labels=None):
     """Labels (n, k) of the k nearest candidates; gallery forms and ties as in recall_at_k."""
     names = labels if gallery_labels is None else gallery_labels
-    return torch.cat([names[_nearest(similarity, relevant, k)] for similarity, relevant in
+    return torch.cat([names[similarity.topk(min(k, len(names))).indices] for _, similarity, _ in
                       similarities(embeddings, labels, gallery, gallery_labels)])
 
 
@@ -1580,12 +1592,12 @@ def metrics_by_rule(embeddings, labels, *, ks, clusters, seed, gallery=None, gal
     spaces = rule_spaces(embeddings, gallery)
     scores, assignments, hits = {}, {}, {}
     for name, (own, other) in spaces.items():
-        hit = recall_hits(own, labels, (1, *ks), other, gallery_labels)
+        hit, mean_ap = ranking_scores(own, labels, (1, *ks), other, gallery_labels)
         hits[name] = hit[:, 0].double()
         scores[name] = {f"R@{k}": count / max(len(labels), 1)
                         for k, count in zip(ks, hit[:, 1:].sum(0).tolist())}
         scores[name] |= recall_interval(hits[name], labels, seed)
-        scores[name]["mAP@R"] = map_at_r(own, labels, other, gallery_labels)
+        scores[name]["mAP@R"] = mean_ap
         assignments[name] = kmeans(own, clusters, seed).cpu() if clustering else None
         scores[name] |= _cluster_scores(labels, assignments[name])
     members = [name for name in spaces if name.startswith("member_")]
@@ -1928,7 +1940,7 @@ def neighbour_objectives(retrieval, own=False):
     targets, right = [], []
     for i, clean in enumerate(retrieval.clean):
         other = clean if retrieval.gallery is None else retrieval.gallery[i]
-        nearest = torch.cat([_nearest(similarity, relevant, 1)[:, 0] for similarity, relevant in
+        nearest = torch.cat([similarity.argmax(1) for _, similarity, _ in
                              similarities(clean, retrieval.labels, other,
                                           retrieval.gallery_labels)])
         targets.append(clean if own else other[nearest])

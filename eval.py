@@ -882,13 +882,9 @@ def target_classes(retrieval, attack):
 
 def nearest_allowed(retrieval, own, gallery, allowed):
     """The nearest candidate (n,) with allowed(rows) (b, N); the query itself is none."""
-    found, start = [], 0
-    for similarity, _ in common.similarities(own, retrieval.labels, gallery,
-                                             retrieval.gallery_labels):
-        rows = torch.arange(start, start + len(similarity), device=own.device)
-        found.append(similarity.masked_fill(~allowed(rows), -torch.inf).argmax(1))
-        start += len(similarity)
-    return torch.cat(found)
+    return torch.cat([similarity.masked_fill(~allowed(rows), -torch.inf).argmax(1)
+                      for rows, similarity, _ in common.similarities(
+                          own, retrieval.labels, gallery, retrieval.gallery_labels)])
 
 
 def targeted_objectives(retrieval, target):
@@ -2252,7 +2248,7 @@ def draw_retrieval(plt, run, test, retrieval, attack, spaces):
     frame around the right class, a dashed orange one around another."""
     candidates, which = (test, 0) if test.gallery is None else (test.gallery, 1)
     rows, depth = spread_rows(test.labels, 6), min(3, len(candidates) - 1)
-    before, after = (torch.cat([similarity.topk(depth).indices for similarity, _ in
+    before, after = (torch.cat([similarity.topk(depth).indices for _, similarity, _ in
                                 common.similarities(own, retrieval.labels, gallery,
                                                     retrieval.gallery_labels)])[rows].tolist()
                      for own, gallery in spaces)

@@ -17,8 +17,8 @@ from common import (
     nmi,
     pairwise_f1,
     random_stream,
+    ranking_scores,
     recall_at_k,
-    recall_hits,
     recall_interval,
     vote_clusters,
     vote_recall,
@@ -305,9 +305,9 @@ def test_every_rule_has_the_interval_of_its_own_hits():
     labels = random_labels(40, 8, 0)
     members = [unit_rows(40, 6, seed) for seed in SEEDS]
     scores = metrics_by_rule(members, labels, ks=(2,), clusters=8, seed=3, clustering=False)
-    hits = [recall_hits(own, labels, (1,))[:, 0].double() for own in members]
+    hits = [ranking_scores(own, labels, (1,))[0][:, 0].double() for own in members]
     for rule, hit in (("member_2", hits[1]), ("member_mean", sum(hits) / 3),
-                      ("concat", recall_hits(torch.cat(members, 1), labels, (1,))[:, 0])):
+                      ("concat", ranking_scores(torch.cat(members, 1), labels, (1,))[0][:, 0])):
         expected = recall_interval(hit, labels, 3)
         assert {name: scores[rule][name] for name in expected} == pytest.approx(expected)
     assert all(score["R@1_low"] <= score["R@1_high"] for score in scores.values())
