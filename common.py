@@ -664,24 +664,31 @@ def load_batches(dataset: ImageSet, batches, seed: int = 0, epoch: int = 0, *, a
             return dataset.random_view(index, random_stream(seed, epoch, AUGMENT, index), scale)
         return dataset.view(index)
 
-    def finish(views, batch):
-        images = torch.stack(views).to(device, non_blocking=True, memory_format=CHANNELS_LAST)
+    def collate(views):
+        images = torch.stack(views).contiguous(memory_format=CHANNELS_LAST)
+        return images.pin_memory() if torch.device(device).type == "cuda" else images
+
+    def finish(images, batch):
+        images = images.to(device, non_blocking=True)
         labels = dataset.labels[batch].to(device, non_blocking=True)
         return images.float().div_(255), labels, batch
 
     if workers == 0:
         for batch in batches:
-            yield finish([view(index) for index in batch.tolist()], batch)
+            yield finish(collate([view(index) for index in batch.tolist()]), batch)
         return
     with ThreadPoolExecutor(workers) as pool:
         waiting = deque()
         for batch in batches:
-            waiting.append(([pool.submit(view, index) for index in batch.tolist()], batch))
+            views = [pool.submit(view, index) for index in batch.tolist()]
+            # Submitted after the views that it waits for, so that one worker is enough.
+            ready = pool.submit(lambda views: collate([own.result() for own in views]), views)
+            waiting.append((ready, batch))
             if len(waiting) > 2:
-                views, ready = waiting.popleft()
-                yield finish([future.result() for future in views], ready)
-        for views, ready in waiting:
-            yield finish([future.result() for future in views], ready)
+                ready, own = waiting.popleft()
+                yield finish(ready.result(), own)
+        for ready, own in waiting:
+            yield finish(ready.result(), own)
 
 
 # ---- models ----------------------------------------------------------------------------------
@@ -1107,7 +1114,7 @@ def pgd(objective, images: Tensor, eps: float, step_size: float, steps: int,
     else:
         x = images
     x = x.clamp(lower, upper).detach()
-    best, best_value = x.clone(), None
+    best, best_value = x, None
     for step in range(steps + 1):
         if step == steps and keep == "last":
             return x
