@@ -27,7 +27,7 @@ al. 2019 (trades). The last two are the comparison of Zhou & Patel (CVPR 2022): 
 2020 (est) and arXiv 2106.03614 (act). Departures from the papers: README, "Fidelity".
 natural and mixup attack nothing in training: the flags of that attack change nothing there.
 Logged: the terms of the loss, mean over networks; lr; seconds; images per second; collapse, the
-mean cosine of two rows of the last batch (1: collapsed).
+mean cosine of two rows of the last batch, last network (1: collapsed).
 """
 
 import argparse
@@ -304,8 +304,8 @@ def main(args):
         ramp = float(epoch >= args.benign_epochs)
         if args.eps_ramp_epochs:
             ramp = min(max(epoch - args.benign_epochs, 0) / args.eps_ramp_epochs, 1)
-        attack = ramp * args.eps, ramp * args.step_size, args.attack_steps if ramp else 0
-        for i, (member, anchors) in enumerate(zip(members, proxies)):     # each as if alone
+        ball = ramp * args.eps, ramp * args.step_size, args.attack_steps if ramp else 0
+        for i, (member, own) in enumerate(zip(members, proxies)):         # each as if alone
             seed_torch(args.seed, epoch, common.TRAIN + common.MEMBER * i)
             common.train_mode(member, args.freeze_bn)
             member.amp = args.amp
@@ -316,26 +316,26 @@ def main(args):
                                   device=device)
             for images, labels, rows in common.progress(stream, f"epoch {epoch + 1}", len(batches)):
                 if method == "natural":
-                    loss, terms = natural(member, images, labels, anchors)
+                    loss, terms = natural(member, images, labels, own)
                 elif method == "at":
-                    loss, terms = at(member, images, labels, anchors, *attack, args.beta)
+                    loss, terms = at(member, images, labels, own, *ball, args.beta)
                 elif method == "mixup":
-                    loss, terms = mixup(member, images, labels, anchors,
+                    loss, terms = mixup(member, images, labels, own,
                                         *draw_mixture(images, args.mixup_alpha), args.mixup_target)
                 elif method == "iat":
-                    loss, terms = iat(member, images, labels, anchors,
-                                      *draw_mixture(images, args.mixup_alpha), *attack)
+                    loss, terms = iat(member, images, labels, own,
+                                      *draw_mixture(images, args.mixup_alpha), *ball)
                 elif method == "trades":
-                    loss, terms = trades(member, images, labels, anchors, *attack,
+                    loss, terms = trades(member, images, labels, own, *ball,
                                          args.trades_lambda, args.trades_start)
                 elif method == "est":
-                    loss, terms = est(member, images, labels, args.source, *attack)
+                    loss, terms = est(member, images, labels, args.source, *ball)
                 else:
-                    loss, terms = act(member, images, labels, args.source, *attack)
+                    loss, terms = act(member, images, labels, args.source, *ball)
                 optimizers[i].zero_grad(set_to_none=True)
                 loss.backward()
-                if anchors is not None:
-                    nn.utils.clip_grad_value_([*member.parameters(), anchors], 10)
+                if own is not None:
+                    nn.utils.clip_grad_value_([*member.parameters(), own], 10)
                 optimizers[i].step()
                 for name, value in terms.items():
                     totals[name] = totals.get(name, 0) + value.detach()

@@ -3,13 +3,14 @@
 
 Copy this file next to one method script and the script runs. In order:
 
-    data        load_dataset, ImageSet, shuffled_batches, class_balanced_batches, load_batches
-    models      build_model, load_model, eval_mode, train_mode
-    losses      proxy_anchor_loss, triplet_loss, contrastive_loss, mine_triplets
+    data        load_dataset, ImageSet, shuffled_batches, class_balanced_batches, pair_batches,
+                split_by_image, load_batches
+    models      build_model, load_model, eval_mode, frozen, train_mode
+    losses      proxy_anchor_loss, triplet_loss, contrastive_loss, mine_triplets, mine_pairs
     attack      pgd, shift_objective
     metrics     recall_at_k, map_at_r, kmeans, nmi, ami, pairwise_f1
     voting      vote_labels, vote_recall, vote_clusters
-    evaluation  embed, attack_embeddings, metrics_by_rule, evaluate
+    evaluation  embed, attack_embeddings, metrics_by_rule, Attack, Retrieval, evaluate
     runs        base_parser, parse_run, checkpoints, logs, results, tables
 
 Conventions: images are float (B, 3, S, S) in [0, 1]; the network normalises them itself, so an
@@ -1006,7 +1007,7 @@ def _reduce(terms, reduction):
 @torch.no_grad()
 def mine_triplets(embeddings: Tensor, labels: Tensor, how: str, generator=None, *, anchors=None,
                   margin: float = 0.2, cutoffs=(0.5, 1.4),
-                  positives=None) -> tuple[Tensor, Tensor, Tensor]:
+                  partners=None) -> tuple[Tensor, Tensor, Tensor]:
     """Draw one triplet per anchor: (a, p, n), row numbers int64 (T,).
 
     anchors: rows to use (None: every row). An anchor without another image of its class, or
@@ -1021,7 +1022,7 @@ def mine_triplets(embeddings: Tensor, labels: Tensor, how: str, generator=None, 
         hardest   the nearest one
 
     cutoffs: distances below the first count as it; negatives beyond the second are left out unless
-    none is nearer (then the nearest); None switches either off. positives: the row of the positive
+    none is nearer (then the nearest); None switches either off. partners: the row of the positive
     of every anchor, where it is not drawn (softhard draws its own all the same).
     """
     if how not in ("random", "semihard", "softhard", "distance", "hardest"):
@@ -1032,7 +1033,6 @@ def mine_triplets(embeddings: Tensor, labels: Tensor, how: str, generator=None, 
     other = same & (anchors[:, None] != rows)
     usable = other.any(1) & ~same.all(1)
     anchors, positive, negative = anchors[usable], other[usable], ~same[usable]
-    positives = positives if positives is None else positives.to(labels.device)[usable]
     if len(anchors) == 0:
         return anchors, anchors, anchors
     # exact differences: the matmul form of cdist is off by 1e-3 for near-identical rows. A network
@@ -1048,8 +1048,10 @@ def mine_triplets(embeddings: Tensor, labels: Tensor, how: str, generator=None, 
         return torch.multinomial(chosen.float(), 1, generator=generator)[:, 0]
 
     harder = positive & (distance > nearest_negative.amin(1, keepdim=True))
-    p = draw(harder if how == "softhard" else positive, positive) \
-        if positives is None or how == "softhard" else positives
+    if how == "softhard" or partners is None:
+        p = draw(harder if how == "softhard" else positive, positive)
+    else:
+        p = partners.to(labels.device)[usable]
     to_positive = distance.gather(1, p[:, None])
     if how == "hardest":
         return anchors, p, nearest_negative.argmin(1)
@@ -1068,7 +1070,7 @@ def mine_pairs(embeddings, labels, source):
     The positive is the partner, except that softhard draws its own.
     """
     even = torch.arange(0, len(labels), 2, device=labels.device)
-    return mine_triplets(embeddings, labels, source, anchors=even, positives=even + 1,
+    return mine_triplets(embeddings, labels, source, anchors=even, partners=even + 1,
                          cutoffs=(None, None))                 # Zhou & Patel's have no cutoffs
 
 
@@ -1115,7 +1117,7 @@ def pgd(objective, images: Tensor, eps: float, step_size: float, steps: int,
         x = images
     x = x.clamp(lower, upper).detach()
     best, best_value = x, None
-    for step in range(steps + 1):
+    for step in range(steps + 1):                     # the last turn only values the last iterate
         if step == steps and keep == "last":
             return x
         x.requires_grad_()
@@ -1126,6 +1128,7 @@ def pgd(objective, images: Tensor, eps: float, step_size: float, steps: int,
         x, value = x.detach(), value.detach()
         if keep == "best":
             better = value > best_value if best_value is not None else torch.ones_like(value) > 0
+            # The value of a tuple decides for all of its stacked images.
             tuples = better.repeat(len(x) // len(better)).view(-1, *[1] * (x.dim() - 1))
             best = torch.where(tuples, x, best)
             best_value = value if best_value is None else torch.maximum(value, best_value)
@@ -2663,7 +2666,7 @@ def cell(metric: str, value: float) -> str:
 
 
 def run_results(args, method, variant, epoch, clean, robust, alerts, seconds, device) -> dict:
-    """The content of results.json (README, "A run's folder")."""
+    """The content of results.json (README, "Start")."""
     return {"schema": SCHEMA, "method": method, "variant": variant, "dataset": args.dataset,
             "arch": args.arch, "embedding_dim": args.embedding_dim, "image_size": args.image_size,
             "amp": args.amp, "seed": args.seed, "epoch": epoch, "clean": clean, "robust": robust,

@@ -25,7 +25,8 @@ Algorithm 1, line by line, for one mini-batch (the paper's "ep"):
 Symbols: N --members, beta --beta, epsilon --eps, T --attack-steps, alpha --step-size; L is Proxy
 Anchor with proxies of each member's own. Departures from the paper: README, "Fidelity".
 Logged: clean and adversarial, the two Proxy Anchor terms, mean over members; lr; seconds; images
-per second; collapse, the mean cosine of different images of the last batch (1: collapsed).
+per second; collapse, the mean cosine of different images of the last batch, first member (1:
+collapsed).
 """
 
 import argparse
@@ -57,8 +58,8 @@ def attack(members, proxies, images, labels, loss, eps, step_size, steps):
         elif loss == "pal-label":
             objective = pal_objective(members, [labels] * len(members), proxies)
         elif loss == "pal-pseudo":
-            nearest = [(own @ F.normalize(anchors, dim=1).T).argmax(1)
-                       for own, anchors in zip(clean, proxies)]
+            nearest = [(embeddings @ F.normalize(own, dim=1).T).argmax(1)
+                       for embeddings, own in zip(clean, proxies)]
             objective = pal_objective(members, nearest, proxies)
         else:
             itself = torch.arange(len(images), device=images.device)
@@ -68,8 +69,8 @@ def attack(members, proxies, images, labels, loss, eps, step_size, steps):
 
 def pal_objective(members, targets, proxies):
     """sum_i of member i's Proxy Anchor; one value a batch, because its images are coupled."""
-    return lambda images: sum(proxy_anchor_loss(member(images), target, anchors.detach())
-                              for member, target, anchors in zip(members, targets, proxies)).view(1)
+    return lambda images: sum(proxy_anchor_loss(member(images), target, own.detach())
+                              for member, target, own in zip(members, targets, proxies)).view(1)
 
 
 def member_loss(member, proxies, images, adversarial, labels, beta):
@@ -165,7 +166,7 @@ def main(args):
     proxies = [common.new_proxies(args, len(train.classes), device, i) for i in range(count)]
     optimizers = [common.proxy_optimizer(args, *pair) for pair in zip(members, proxies)]
     schedulers = [common.drop_schedule(args.epochs, optimizer) for optimizer in optimizers]
-    plain = common.new_member(args, device)                    # the closing table's first row
+    plain = common.new_member(args, device)    # the closing table's first row; begins as member 1
     epoch = common.restore(checkpoint, members, proxies, optimizers, schedulers)
     if args.dry_run:
         args.warmup_epochs = args.eps_ramp_epochs = args.plain_epochs = 0   # measure a full step

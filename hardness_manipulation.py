@@ -29,8 +29,8 @@ The paper writes HM[source,destination] with R, M, S, D, H for random, semihard,
 distance-weighted and hardest sampling, and eta for --attack-steps. Equal source and destination
 are plain training. Departures from the paper: README, "Fidelity". Logged: loss, the triplet loss of
 step 4; ics, with its weight; H_source, H_wanted and H_moved, mean hardness before the attack, asked
-for, and after it; lr; seconds; images per second; collapse, the mean cosine of two rows of the last
-batch (1: collapsed).
+for (both in evaluation mode) and after it (in training mode: not equal even without an attack); lr;
+seconds; images per second; collapse, the mean cosine of two rows of the last batch (1: collapsed).
 """
 
 import json
@@ -76,8 +76,8 @@ def wanted_hardness(destination, clean, labels, previous, constant=-MARGIN / 2, 
         return -MARGIN * level.square()
     if destination == "constant":
         return torch.full_like(level, constant)
-    of = sampler if destination == "g-b" else destination
-    drawn = hardness(*(clean[rows] for rows in mine(clean, labels, of, self_positive)))
+    drawn_by = sampler if destination == "g-b" else destination
+    drawn = hardness(*(clean[rows] for rows in mine(clean, labels, drawn_by, self_positive)))
     return drawn + 0.1 * (1 - level) if destination == "g-b" else drawn
 
 

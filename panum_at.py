@@ -86,6 +86,7 @@ def who_moves(a, p, n, loss, perturb):
     bool (T,) on the CPU, False where a tuple is never attacked.
     """
     one = torch.ones_like(a)
+    # The column that moves, and (1: away from, -1: towards; the rows of the fixed embeddings).
     if loss == "triplet":
         moved, terms = {"anchor": (0, [(one, p), (-one, n)]), "positive": (1, [(one, a)]),
                         "negative": (2, [(-one, a)])}[perturb]
@@ -111,21 +112,22 @@ def robust_loss(model, images, labels, gamma, ball, *, loss="contrastive", pertu
     a, p, n = mine_triplets(clean, labels, "distance", cutoffs=cutoffs)
     tuples, same, moved, terms, possible = who_moves(a, p, n, loss, perturb)
     before = tuple_loss(clean, tuples, same, reduction, squared)
-    x = tuples[moved]
+    attacked = tuples[moved]
     if reg_weight is not None:
-        x, terms, possible = a, [(torch.ones_like(a), a)], torch.ones(len(a), dtype=torch.bool)
+        attacked, terms = a, [(torch.ones_like(a), a)]
+        possible = torch.ones(len(a), dtype=torch.bool)
 
     hit = (gamma(len(possible)) & possible).nonzero()[:, 0].to(images.device)
-    new = torch.arange(len(images), len(images) + len(hit), device=images.device)
+    added = torch.arange(len(images), len(images) + len(hit), device=images.device)
     if len(hit):
         fixed = [(sign[hit], clean[rows[hit]]) for sign, rows in terms]
-        images = torch.cat([images, attack(model, images[x[hit]], fixed, *ball)])
+        images = torch.cat([images, attack(model, images[attacked[hit]], fixed, *ball)])
     embeddings = model(images)
     if reg_weight is None:
-        tuples[moved] = x.index_copy(0, hit, new)
+        tuples[moved] = attacked.index_copy(0, hit, added)
     value = tuple_loss(embeddings, tuples, same, reduction, squared)
     if reg_weight is not None:
-        shift = euclidean(embeddings[new], embeddings[x[hit]])
+        shift = euclidean(embeddings[added], embeddings[attacked[hit]])
         value = value + reg_weight * shift.sum() / max(len(a), 1)
     share = len(hit) / max(int(possible.sum()), 1)
     return value, {"loss": value, "clean": before, "attacked": share}

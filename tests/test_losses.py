@@ -429,7 +429,7 @@ def test_hardest_equals_a_naive_loop(seed):
 def pair_rows(labels):
     """Even rows as anchors, the odd row after each as its positive."""
     anchors = torch.arange(0, len(labels), 2)
-    return {"anchors": anchors, "positives": anchors + 1}
+    return {"anchors": anchors, "partners": anchors + 1}
 
 
 @pytest.mark.parametrize("how", ["random", "semihard", "distance", "hardest"])
@@ -455,14 +455,14 @@ def test_semihard_judges_a_negative_by_the_positive_that_was_given(positive, neg
     labels = torch.tensor([0, 0, 0, 1, 1])
     embeddings = chord_rows(0.0, 0.2, 0.8, -0.3, -0.9)
     given = torch.tensor([positive])
-    drawn = draws_of(0, embeddings, labels, "semihard", positives=given)
+    drawn = draws_of(0, embeddings, labels, "semihard", partners=given)
     assert drawn == ({positive}, {negative})
 
 
 @pytest.mark.parametrize("how", ["random", "semihard", "distance", "hardest"])
 def test_an_anchor_that_is_dropped_drops_its_positive_too(how):
     labels = torch.tensor([0, 0, 0, 1, 2, 2, 2])  # row 3 is alone in its class
-    given = {"anchors": torch.tensor([3, 0, 6]), "positives": torch.tensor([1, 2, 4])}
+    given = {"anchors": torch.tensor([3, 0, 6]), "partners": torch.tensor([1, 2, 4])}
     a, p, n = mine_triplets(unit_rows(7, 4, 0), labels, how, seeded(0), **given)
     assert a.tolist() == [0, 6] and p.tolist() == [2, 4] and (labels[a] != labels[n]).all()
     one_class = mine_triplets(unit_rows(7, 4, 0), torch.zeros(7), how, seeded(0), **given)
