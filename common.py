@@ -1788,12 +1788,12 @@ class Attack:
         if step_size is None:
             step_size = eps / 10 if attack == "cw" else \
                 2 * eps / max(steps, 1) if template and attack != "curve" else eps / 4
-        own = objective in ("shift", "self")         # no gradient at the clean image
+        from_itself = objective in ("shift", "self")    # no gradient at the clean image
         if attack == "fgsm":
-            steps, step_size, random_start = 1, eps, random_start and own
+            steps, step_size, random_start = 1, eps, random_start and from_itself
         if attack == "square":
             step_size, random_start = 2 * eps, True
-        if own and not random_start:
+        if from_itself and not random_start:
             raise UserError(f"the {objective} objective has no gradient at the clean image: it "
                             f"needs its random start")
         if restarts > 1 and (attack in ("cw", "min-eps", "square") or protocol == "ers"

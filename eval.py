@@ -1964,9 +1964,10 @@ def evaluate_run(checkpoint, flags, attacks, args, device, done):
     members, test = open_run(checkpoint, flags, args, device)
     proxies = [own.to(device) for own in checkpoint["proxies"]] or None
     passes = [1, *(1 + passes_of(attack, len(members), bool(proxies)) for attack in attacks)]
-    print(f"{flags.dataset}: {len(test)} images, {len(members)} networks, "
-          f"{', '.join(map(str, attacks))}: at most {len(test) * len(members) * sum(passes):,} "
-          f"passes", flush=True)
+    named = ", ".join(map(str, attacks)) if len(attacks) < 4 else \
+        f"{len(attacks)} attacks, {title_of(attacks)[0]}"
+    print(f"{flags.dataset}: {len(test)} images, {len(members)} network{'s' * (len(members) > 1)}, "
+          f"{named}: at most {len(test) * len(members) * sum(passes):,} passes", flush=True)
     spent = [0.0]                                    # seconds for each of `passes` so far
 
     def entries(retrieval, attack):
