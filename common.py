@@ -1116,7 +1116,7 @@ def pgd(objective, images: Tensor, eps: float, step_size: float, steps: int,
     else:
         x = images
     x = x.clamp(lower, upper).detach()
-    best, best_value = x, None
+    best, best_value = images, None
     for step in range(steps + 1):                     # the last turn only values the last iterate
         if step == steps and keep == "last":
             return x
