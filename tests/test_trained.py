@@ -9,7 +9,7 @@ from eval import evaluate_robustness
 
 @pytest.fixture(scope="module")
 def undefended():
-    """(network, images, labels): Recall@1 about 0.7 on 300 images of unseen classes."""
+    """(network, images, labels): Recall@1 about 0.7 on 200 images of unseen classes."""
     train, test = common.load_dataset("glyphs", image_size=32)
     common.seed_torch(0, 0, common.TRAIN)
     network = common.build_model("convnet", 64)
@@ -18,13 +18,13 @@ def undefended():
                                    {"params": [proxies], "lr": 0.2}])
     images = torch.stack([image for image, _ in train])
     network.train()
-    for _ in range(8):
+    for _ in range(6):
         for rows in torch.randperm(len(images)).split(30):
             loss = common.proxy_anchor_loss(network(images[rows]), train.labels[rows], proxies)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    subset = common.balanced_subset(test, 300)
+    subset = common.balanced_subset(test, 200)
     return (network.eval(), torch.stack([image for image, _ in subset]), subset.labels)
 
 
@@ -38,11 +38,11 @@ def recalls(undefended, objective, radii, protocol, steps=10):
 
 
 def test_joint_falls_to_chance_as_eps_grows_and_shift_does_not(undefended):
-    clean, joint = recalls(undefended, "joint", (0.5, 1, 2, 4, 8, 16), "clustering")
+    clean, joint = recalls(undefended, "joint", (0.5, 1, 2, 4, 8), "clustering")
     assert clean > 0.5 and joint == sorted(joint, reverse=True)
-    assert joint[0] < clean and joint[-1] <= 2 / 299          # two others of its class of three
+    assert joint[0] < clean and joint[-1] <= 3 / 199           # three others of its class of four
     _, shift = recalls(undefended, "shift", (8, 32), "clustering")
-    assert shift[1] > shift[0] > joint[4]
+    assert shift[1] > shift[0] > joint[-1]
 
 
 def test_impostor_leaves_nothing_of_an_undefended_network(undefended):
