@@ -45,14 +45,17 @@ def test_every_command_of_the_table_over_all_defenses_parses(table, tmp_path, mo
     shown = subprocess.run([sys.executable, ROOT / "results/all_defenses.py", "--print",
                             *table.split()], capture_output=True, text=True, check=True).stdout
     monkeypatch.chdir(tmp_path)                      # --resume looks for a run's folder
-    found = [shlex.split(line) for line in shown.splitlines()]
-    outs = [SCRIPTS[script].parse_args(flags).out for _, script, *flags in found
-            if script != "eval.py"]
-    assert len(outs) == len(set(outs)) == 3 * 16 and len(found) == 2 * len(outs) + 1
-    assert [flags[0] for _, script, *flags in found[1:-1:2]] == outs
+    found = [shlex.split(line)[1:] for line in shown.splitlines()]
+    parsed = [(script, SCRIPTS[script].parse_args(flags)) for script, *flags in found]
+    outs = [args.out for script, args in parsed if script != "eval.py"]
+    assert len(outs) == len(set(outs)) == 3 * 16
     assert {out.startswith("runs/matched-") for out in outs} == {bool(table)}
-    for _, script, *flags in found[1::2] + found[-1:]:
-        assert script == "eval.py" and SCRIPTS[script].parse_args(flags).protocol == "all"
+    attacked = [args.runs for script, args in parsed if script == "eval.py" and not args.checks]
+    assert attacked[:-1] == [[out] for out in outs] and len(attacked[-1]) == 16
+    checked = [args.runs for script, args in parsed if script == "eval.py" and args.checks]
+    assert checked == [[out] for out in outs if out.endswith("-s0")]
+    assert {args.protocol for script, args in parsed
+            if script == "eval.py" and not args.checks} == {"all"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
