@@ -45,6 +45,7 @@ MATCHED = ("--arch convnet --embedding-dim 64 --epochs 16 --batch-size 30 --eps 
 BENIGN = 8
 TRIPLETS = ("est", "act", "panum", "panum-triplet", "hm-softhard-lga-ics")
 EVALUATION = "--protocol all --eps 8/255 --attack-steps 10 --limit-queries 200 --workers 0"
+SQUARE = ("hm-softhard-softhard", "est", "act", "hm-softhard-lga-ics")   # --crop square
 CHECKS = "--checks --eps 8/255 --attack-steps 10 --limit-queries 200 --workers 0"
 TABLE = "--rules vote concat mean member_1 distance --table"
 
@@ -67,10 +68,10 @@ def main():
             if args.matched:
                 train += f" {MATCHED}" + f" --benign-epochs {BENIGN}" * (name in TRIPLETS)
             jobs.append([train, f"eval.py {run} {EVALUATION}"])
-            if seed == args.seeds[0]:                        # its warnings stand in the table
-                undefended = f"runs/{prefix}natural-glyphs-convnet-s{seed}"
-                jobs[-1].append(f"eval.py {run} {CHECKS}"
-                                + f" --transfer-from {undefended}" * (name != "natural"))
+            if seed == args.seeds[0] and not args.matched:   # warnings stand in the table
+                control = "hm-softhard-softhard" if name in SQUARE else "natural"
+                jobs[-1].append(f"eval.py {run} {CHECKS}" + (name != control) *
+                                f" --transfer-from runs/{control}-glyphs-convnet-s{seed}")
     patterns = " ".join(f"'runs/{prefix}{name}-glyphs-convnet-s*'" for name in DEFENSES)
     last = f"eval.py {patterns} {EVALUATION} {TABLE} results/{table}"
     if args.matched:
