@@ -74,8 +74,7 @@ def main():
                                 f" --transfer-from runs/{control}-glyphs-convnet-s{seed}")
     patterns = " ".join(f"'runs/{prefix}{name}-glyphs-convnet-s*'" for name in DEFENSES)
     last = f"eval.py {patterns} {EVALUATION} {TABLE} results/{table}"
-    if args.matched:
-        last += " --beside results/matched-passes.csv"
+    last += " --beside results/matched-passes.csv" if args.matched else " --into README.md"
     if args.print:
         print(*(f"python {command}" for job in [*jobs, [last]] for command in job), sep="\n")
         return
