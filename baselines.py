@@ -385,7 +385,7 @@ def main(args):
 def recipe(args, member, classes, device, epochs, i=0):
     """Proxies (triplets: None), optimiser and schedule of network i."""
     if args.method in TRIPLET:                                  # Zhou & Patel: Adam, constant lr
-        optimizer = torch.optim.Adam(member.parameters(), lr=args.lr,
+        optimizer = torch.optim.Adam(member.parameters(), lr=args.lr, foreach=True,
                                      weight_decay=args.weight_decay)
         return None, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
     proxies = common.new_proxies(args, classes, device, i)

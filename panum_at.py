@@ -344,7 +344,8 @@ def main(args):
 
 def recipe(args, member):
     """Optimiser and schedule: Adam, constant."""
-    optimizer = torch.optim.Adam(member.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.Adam(member.parameters(), lr=args.lr, weight_decay=args.weight_decay,
+                                 foreach=True)               # all parameters in a few calls
     return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
 
 
