@@ -1201,8 +1201,8 @@ def similarities(embeddings, labels, gallery=None, gallery_labels=None):
 @torch.no_grad()
 def ranking_scores(embeddings, labels, ks, gallery=None, gallery_labels=None, precision=True):
     """(Recall@K query by query, bool (n, len(ks)); mAP@R or 0) in one pass over the candidates."""
-    count, same_images = candidate_counts(labels, gallery_labels), gallery_labels is None
-    names = labels if same_images else gallery_labels
+    count = candidate_counts(labels, gallery_labels)
+    names = labels if gallery_labels is None else gallery_labels
     most = int(count.max()) if precision and len(count) else 0
     hits = torch.zeros(len(labels), len(ks), dtype=torch.bool, device=labels.device)
     average = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
@@ -1212,9 +1212,8 @@ def ranking_scores(embeddings, labels, ks, gallery=None, gallery_labels=None, pr
             for place, k in enumerate(ks):
                 hits[rows, place] = best.isfinite() & (nearer < k)
         if most > 0:
-            nearest = similarity.topk(most).indices
-            hit = names[nearest] == labels[rows, None]
-            hit = hit & (nearest != rows[:, None]) if same_images else hit
+            value, nearest = similarity.topk(most)
+            hit = (names[nearest] == labels[rows, None]) & (value > -torch.inf)
             average[rows] = average_precision(hit, count[rows])
     return hits.cpu(), float(average.sum() / (count > 0).sum().clamp(min=1))
 

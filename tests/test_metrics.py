@@ -248,6 +248,7 @@ def test_nan_embeddings_never_score():
     nothing = torch.full((20, 2), torch.nan)
     assert recall_at_k(nothing, labels, (1, 8, 50)) == {1: 0.0, 8: 0.0, 50: 0.0}
     assert map_at_r(nothing, labels) == 0
+    assert map_at_r(nothing[:4], torch.tensor([0, 0, 0, 1])) == 0  # its class outnumbers
     one_hot = torch.eye(2)[labels]
     assert recall_at_k(nothing, labels, gallery=one_hot) == {k: 0.0 for k in KS}
     assert map_at_r(nothing, labels, gallery=one_hot) == 0
