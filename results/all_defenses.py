@@ -11,6 +11,7 @@ and start it again at any time: epochs, and attacks that are stored, are not rep
 """
 
 import argparse
+import json
 import os
 import shlex
 import subprocess
@@ -68,7 +69,7 @@ def main():
             if args.matched:
                 train += f" {MATCHED}" + f" --benign-epochs {BENIGN}" * (name in TRIPLETS)
             jobs.append([train, f"eval.py {run} {EVALUATION}"])
-            if seed == args.seeds[0] and not args.matched:   # warnings stand in the table
+            if seed == args.seeds[0] and not args.matched and (args.print or not checked(run)):
                 control = "hm-softhard-softhard" if name in SQUARE else "natural"
                 jobs[-1].append(f"eval.py {run} {CHECKS}" + (name != control) *
                                 f" --transfer-from runs/{control}-glyphs-convnet-s{seed}")
@@ -83,6 +84,12 @@ def main():
         for _ in pool.map(lambda job: [run_command(command) for command in job], jobs):
             pass
     run_command(last)
+
+
+def checked(run):
+    """Whether this run has its checks; what they warn of stands in the table."""
+    path = ROOT / run / "results.json"
+    return path.exists() and bool(json.loads(path.read_text()).get("checks"))
 
 
 def run_command(command):
