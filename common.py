@@ -1204,13 +1204,13 @@ def ranking_scores(embeddings, labels, ks, gallery=None, gallery_labels=None, pr
     count = candidate_counts(labels, gallery_labels)
     names = labels if gallery_labels is None else gallery_labels
     most = int(count.max()) if precision and len(count) else 0
+    limits = torch.tensor(ks, device=labels.device)
     hits = torch.zeros(len(labels), len(ks), dtype=torch.bool, device=labels.device)
     average = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
     for rows, similarity, best in similarities(embeddings, labels, gallery, gallery_labels):
         if ks:
             nearer = (similarity > best[:, None]).sum(1)
-            for place, k in enumerate(ks):
-                hits[rows, place] = best.isfinite() & (nearer < k)
+            hits[rows] = best.isfinite()[:, None] & (nearer[:, None] < limits)
         if most > 0:
             value, nearest = similarity.topk(most)
             hit = (names[nearest] == labels[rows, None]) & (value > -torch.inf)

@@ -196,7 +196,7 @@ def test_tables_are_of_what_is_complete(tmp_path, monkeypatch):
 
 def test_a_table_says_what_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(cub2010, "ROOT", tmp_path)
-    args = cub2010.parse_args(["--device", "cpu", "--matched", "--data-root", "/else/where",
+    args = cub2010.parse_args(["--device", "cpu", "--matched", "--data-root", "elsewhere",
                                "--into", "page.md"])
     run = cub2010.run_of(args, "at", 0)
     (tmp_path / run).mkdir(parents=True)
