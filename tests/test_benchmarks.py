@@ -56,10 +56,10 @@ def test_another_number_of_passes_is_an_error(tmp_path, monkeypatch):
 
 
 def test_measuring_leaves_no_trace(tmp_path):
-    before = [common.progress, common.EmbeddingModel.forward]
+    before = [common.progress, common.EmbeddingModel.__call__]
     before += [getattr(train_step.baselines, name) for name in ("pgd", "frozen")]
     run(train_step, tmp_path, "--defenses", "at", *SMALL_STEP)
-    assert before == [common.progress, common.EmbeddingModel.forward,
+    assert before == [common.progress, common.EmbeddingModel.__call__,
                       *(getattr(train_step.baselines, name) for name in ("pgd", "frozen"))]
 
 
