@@ -897,16 +897,15 @@ def load_weights(network, state, arch, weights):
 @contextlib.contextmanager
 def eval_mode(*models):
     """Evaluation mode inside the `with`; afterwards every module is in the mode it was in."""
-    modules = [module for model in models if isinstance(model, nn.Module)
-               for module in model.modules()]
-    modes = [module.training for module in modules]
+    training = [module for model in models if isinstance(model, nn.Module)
+                for module in model.modules() if module.training]
     try:
-        for module in modules:
+        for module in training:
             module.training = False
         yield
     finally:
-        for module, mode in zip(modules, modes):
-            module.training = mode
+        for module in training:
+            module.training = True
 
 
 @contextlib.contextmanager
