@@ -1178,7 +1178,7 @@ def similarities(embeddings, labels, gallery=None, gallery_labels=None):
     own, index = index[:len(labels)], index[len(labels):]
     size = index.bincount(minlength=int(own.max()) + 1)
     order, start = index.argsort(stable=True), size.cumsum(0) - size
-    place, chunk = torch.arange(int(size.max()), device=labels.device), 2**22 // len(gallery)
+    place, chunk = torch.arange(int(size.max()), device=labels.device), 2**24 // len(gallery)
     for rows in torch.arange(len(labels), device=labels.device).split(max(1, chunk)):
         similarity = embeddings[rows] @ distinct.T
         similarity -= half_norm
@@ -1205,16 +1205,15 @@ def ranking_scores(embeddings, labels, ks, gallery=None, gallery_labels=None, pr
     names = labels if gallery_labels is None else gallery_labels
     most = int(count.max()) if precision and len(count) else 0
     limits = torch.tensor(ks, device=labels.device)
+    depth = min(max((*ks, most)), len(names))
     hits = torch.zeros(len(labels), len(ks), dtype=torch.bool, device=labels.device)
     average = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
     for rows, similarity, best in similarities(embeddings, labels, gallery, gallery_labels):
-        if ks:
-            nearer = (similarity > best[:, None]).sum(1)
-            hits[rows] = best.isfinite()[:, None] & (nearer[:, None] < limits)
-        if most > 0:
-            value, nearest = similarity.topk(most)
-            hit = (names[nearest] == labels[rows, None]) & (value > -torch.inf)
-            average[rows] = average_precision(hit, count[rows])
+        value, nearest = similarity.topk(depth)
+        nearer = (value > best[:, None]).sum(1)               # as many as that, or K and more
+        hits[rows] = best.isfinite()[:, None] & (nearer[:, None] < limits)
+        hit = (names[nearest] == labels[rows, None]) & (value > -torch.inf)
+        average[rows] = average_precision(hit, count[rows])
     return hits.cpu(), float(average.sum() / (count > 0).sum().clamp(min=1))
 
 

@@ -47,8 +47,8 @@ def embeddings_of(size, device):
 
 def ours(task, embeddings, labels):
     if task == "retrieval":
-        return {"R@1": common.recall_at_k(embeddings, labels, (1,))[1],
-                "mAP@R": common.map_at_r(embeddings, labels)}
+        hits, precision = common.ranking_scores(embeddings, labels, (1,))    # as in common.score
+        return {"R@1": float(hits.float().mean()), "mAP@R": precision}
     return {"NMI": common.nmi(labels, common.kmeans(embeddings, len(labels.unique()), seed=0))}
 
 
@@ -86,7 +86,7 @@ def with_faiss():
 
 def measure(library, task, size, device):
     """One call, after a small one that loads what is loaded once."""
-    device = torch.device(device)
+    device = common.pick_device(device)
     call = ours if library == "ours" else theirs
     call(task, *embeddings_of("tiny", device))
     embeddings, labels = embeddings_of(size, device)
