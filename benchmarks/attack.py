@@ -14,6 +14,7 @@ is the share of pixels that differ by less than 1e-6.
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -116,7 +117,10 @@ def main(argv=None):
     cores = torch.get_num_threads()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else \
         f"{cores} CPU core{'s' * (cores > 1)}"
-    result = {"benchmark": "attack", "machine": name, "eps": args.eps, "step_size": args.step_size,
+    words = sys.argv[1:] if argv is None else argv
+    result = {"benchmark": "attack",
+              "command": shlex.join(["python", "benchmarks/attack.py", *words]),
+              "machine": name, "eps": args.eps, "step_size": args.step_size,
               "rounds": args.rounds, **common.provenance(device), "rows": rows}
     file = Path(args.json or ROOT / "results" / f"benchmarks-attack-{args.arch}-{args.image_size}-"
                 f"{device.type}.json")

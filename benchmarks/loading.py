@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import io
 import json
+import shlex
 import sys
 import tempfile
 import time
@@ -164,7 +165,10 @@ def main(argv=None):
     cores = torch.get_num_threads()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else \
         f"{cores} CPU core{'s' * (cores > 1)}"
-    result = {"benchmark": "loading", "machine": name, "images": args.images, "photo": args.photo,
+    words = sys.argv[1:] if argv is None else argv
+    result = {"benchmark": "loading",
+              "command": shlex.join(["python", "benchmarks/loading.py", *words]),
+              "machine": name, "images": args.images, "photo": args.photo,
               "jpeg_kb": size / 1000, "arch": args.arch, "image_size": args.image_size,
               "workers": args.workers, "rounds": args.rounds, "flags": extra, **speed,
               **common.provenance(device), "rows": rows}

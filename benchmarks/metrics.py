@@ -15,6 +15,7 @@ starts and stops as ours does (k-means++ up to 1,000 clusters, else random rows;
 import argparse
 import json
 import multiprocessing
+import shlex
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -150,7 +151,10 @@ def main(argv=None):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else \
         f"{cores} CPU core{'s' * (cores > 1)}"
     search = "faiss" if with_faiss() else "CustomKNN, scikit-learn k-means"
-    result = {"benchmark": "metrics", "machine": name, "peer": f"{PEER} with {search}",
+    words = sys.argv[1:] if argv is None else argv
+    result = {"benchmark": "metrics",
+              "command": shlex.join(["python", "benchmarks/metrics.py", *words]),
+              "machine": name, "peer": f"{PEER} with {search}",
               "runs": args.runs, **common.provenance(device), "rows": rows}
     file = Path(args.json or ROOT / "results" / f"benchmarks-metrics-{device.type}.json")
     file.write_text(json.dumps(result, indent=1) + "\n")

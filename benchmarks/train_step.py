@@ -25,6 +25,7 @@ import copy
 import io
 import json
 import multiprocessing
+import shlex
 import sys
 import tempfile
 import time
@@ -288,7 +289,10 @@ def main(argv=None):
     cores = torch.get_num_threads()
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else \
         f"{cores} CPU core{'s' * (cores > 1)}"
-    result = {"benchmark": "train_step", "machine": machine, "recipe": recipe, "flags": extra,
+    words = sys.argv[1:] if argv is None else argv
+    result = {"benchmark": "train_step",
+              "command": shlex.join(["python", "benchmarks/train_step.py", *words]),
+              "machine": machine, "recipe": recipe, "flags": extra,
               "rounds": rounds, **common.provenance(device), "rows": rows}
     file = Path(args.json or ROOT / "results" / f"benchmarks-train-step-{args.arch}-"
                 f"{args.image_size}-{device.type}{'-amp' * ('--amp' in extra)}.json")

@@ -27,7 +27,8 @@ def run(benchmark, tmp_path, *words):
     written = json.loads(file.read_text())
     assert written == json.loads(json.dumps(result))
     assert written["machine"] == "1 CPU core" and written["threads"] == 1
-    assert {"versions", "commit", "rows", "benchmark"} <= written.keys()
+    assert written["command"].startswith(f"python benchmarks/{written['benchmark']}.py")
+    assert {"versions", "commit", "rows"} <= written.keys()
     return written
 
 
