@@ -24,7 +24,7 @@ d the Euclidean distance. What one step minimises:
 The first six are the comparison of Ke (arXiv 2501.01025, "EAT paper" below), who adapts them from
 classification: Madry et al. 2018 (at), Zhang et al. 2018 (mixup), Lamb et al. 2019 (iat), Zhang et
 al. 2019 (trades). The last two are the comparison of Zhou & Patel (CVPR 2022): Zhou et al., ECCV
-2020 (est) and arXiv 2106.03614 (act). Departures from the papers: README, "Fidelity".
+2020 (est) and arXiv 2106.03614 (act). Departures from the papers: docs/baselines.md.
 natural and mixup attack nothing in training: the flags of that attack change nothing there.
 Logged: the terms of the loss, mean over networks; lr; seconds; images per second; collapse, the
 mean cosine of two rows of the last batch, last network (1: collapsed).

@@ -35,6 +35,7 @@ import warnings
 from collections import Counter, OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import torch
@@ -680,6 +681,19 @@ def load_batches(dataset: ImageSet, batches, seed: int = 0, epoch: int = 0, *, a
             yield finish(collate([view(index) for index in batch.tolist()]), batch)
         return
     with ThreadPoolExecutor(workers) as pool:
+        # Each of these threads would compute with as many of its own. More of them than cores, and
+        # OpenMP puts those of the network to sleep after every operation: twice the time.
+        threads, started = torch.get_num_threads(), Barrier(workers + 1)
+
+        def start():
+            torch.get_num_threads()                        # the first call sets it, to `threads`
+            torch.set_num_threads(1)
+            started.wait()
+
+        for _ in range(workers):
+            pool.submit(start)
+        started.wait()
+        torch.set_num_threads(threads)                     # of this thread, and of any new one
         waiting = deque()
         for batch in batches:
             views = [pool.submit(view, index) for index in batch.tolist()]
@@ -1209,12 +1223,30 @@ def ranking_scores(embeddings, labels, ks, gallery=None, gallery_labels=None, pr
     hits = torch.zeros(len(labels), len(ks), dtype=torch.bool, device=labels.device)
     average = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
     for rows, similarity, best in similarities(embeddings, labels, gallery, gallery_labels):
-        value, nearest = similarity.topk(depth)
+        value, nearest = top_candidates(similarity, depth)
         nearer = (value > best[:, None]).sum(1)               # as many as that, or K and more
         hits[rows] = best.isfinite()[:, None] & (nearer[:, None] < limits)
         hit = (names[nearest] == labels[rows, None]) & (value > -torch.inf)
         average[rows] = average_precision(hit, count[rows])
     return hits.cpu(), float(average.sum() / (count > 0).sum().clamp(min=1))
+
+
+def top_candidates(similarity, depth):
+    """similarity.topk(depth) of the rows (b, N), in a third of the time where N is large.
+
+    The `depth` largest are in no more than `depth` of the groups of 64: those of largest maximum.
+    """
+    count = similarity.shape[1]
+    groups = count // 64
+    if groups < 16 * depth:
+        return similarity.topk(depth)
+    highest = similarity[:, :64 * groups].unflatten(1, (64, groups)).amax(1)       # (b, groups)
+    group = highest.topk(depth).indices[:, :, None]
+    columns = torch.arange(count, device=similarity.device)
+    columns = torch.cat([(group + columns[:64] * groups).flatten(1),
+                         columns[64 * groups:].expand(len(similarity), -1)], 1)
+    value, place = similarity.gather(1, columns).topk(depth)
+    return value, columns.gather(1, place)
 
 
 @torch.no_grad()

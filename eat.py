@@ -23,7 +23,7 @@ Algorithm 1, line by line, for one mini-batch (the paper's "ep"):
     output   the label that most members' neighbours carry          common.vote_labels
 
 Symbols: N --members, beta --beta, epsilon --eps, T --attack-steps, alpha --step-size; L is Proxy
-Anchor with proxies of each member's own. Departures from the paper: README, "Fidelity".
+Anchor with proxies of each member's own. Departures from the paper: docs/eat.md.
 Logged: clean and adversarial, the two Proxy Anchor terms, mean over members; lr; seconds; images
 per second; collapse, the mean cosine of different images of the last batch, first member (1:
 collapsed).
@@ -185,7 +185,7 @@ def main(args):
         seed_torch(args.seed, epoch, common.TRAIN)
         ramp = min(epoch / args.eps_ramp_epochs, 1) if args.eps_ramp_epochs else 1
         epoch_started, seen = time.perf_counter(), 0
-        totals = torch.zeros(2, device=device)
+        totals, updates = torch.zeros(2, device=device), 0
         for member in members:
             common.train_mode(member, args.freeze_bn)
             member.amp = args.amp
@@ -199,8 +199,8 @@ def main(args):
                               ramp * args.step_size, args.attack_steps if ramp else 0)
                        for images, labels, _ in step]
             for i in range(count):
-                images, labels, rows = step[i if args.own_batches else 0]
-                adversarial = crafted[i if args.own_batches else 0]
+                shared = i if args.own_batches else 0
+                (images, labels, rows), adversarial = step[shared], crafted[shared]
                 kept = sees[i][rows].nonzero()[:, 0]                # on the CPU: no GPU sync
                 if len(kept) == 0:
                     continue                                    # the batch lies wholly in part i
@@ -210,13 +210,13 @@ def main(args):
                 loss.backward()
                 nn.utils.clip_grad_value_([*members[i].parameters(), proxies[i]], 10)
                 optimizers[i].step()
-                totals += torch.stack([clean, robust])
+                totals, updates = totals + torch.stack([clean, robust]), updates + 1
             seen += sum(len(images) for images, _, _ in step)
         lr = optimizers[0].param_groups[0]["lr"]
         for scheduler in schedulers:
             scheduler.step()
         epoch += 1
-        clean, robust = (totals / (steps * count)).tolist()
+        clean, robust = (totals / max(updates, 1)).tolist()
         collapse = common.mean_cosine(common.embed(members[:1], [step[0]])[0])
         common.check_finite(clean + robust + collapse, epoch, out)
         seconds = time.perf_counter() - epoch_started

@@ -27,10 +27,11 @@ Pseudo-hardness (Sec. 3.2), with l = min(0.2, loss of the previous step) / 0.2, 
 
 The paper writes HM[source,destination] with R, M, S, D, H for random, semihard, softhard,
 distance-weighted and hardest sampling, and eta for --attack-steps. Equal source and destination
-are plain training. Departures from the paper: README, "Fidelity". Logged: loss, the triplet loss of
-step 4; ics, with its weight; H_source, H_wanted and H_moved, mean hardness before the attack, asked
-for (both in evaluation mode) and after it (in training mode: not equal even without an attack); lr;
-seconds; images per second; collapse, the mean cosine of two rows of the last batch (1: collapsed).
+are plain training. Departures from the paper: docs/hardness_manipulation.md.
+Logged: loss, the triplet loss of step 4; ics, with its weight; H_source, H_wanted and H_moved, mean
+hardness before the attack, asked for (both in evaluation mode) and after it (in training mode: not
+equal even without an attack); lr; seconds; images per second; collapse, the mean cosine of two rows
+of the last batch (1: collapsed).
 """
 
 import json

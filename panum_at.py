@@ -29,7 +29,7 @@ Which image moves (--perturb, P. Appendix F). The contrastive loss reads a tripl
                     away from a         towards a           away from p or towards n
 
 --formulation 3.5 is that, P. Sec. 3.5. 2 moves the x_i of P.'s second formulation, the anchor. 3
-regularises: the clean loss + lambda max d(z, a). Departures from the paper: README, "Fidelity".
+regularises: the clean loss + lambda max d(z, a). Departures from the paper: docs/panum_at.md.
 Logged: loss; clean, that of the same tuples before the attack, in evaluation mode; attacked, the
 share of the tuples that could be and were; lr; seconds; images per second; collapse, the mean
 cosine of two rows of the last batch (1: collapsed).

@@ -7,12 +7,12 @@
     python results/cub2010.py --print               # only show the commands
 
 Trains what is missing (runs/), one run after the other, the most telling ones first, then attacks
-all of them harder, and writes of what is complete results/cub2010.{md,json}, the worst case as
-cub2010-worst and the sweeps as cub2010-figures/ (with --matched: matched-cub2010 ...). When the
-minutes of --budget are over it starts nothing new and stops a run at its last epoch. With a GPU:
-224 pixels and all methods. Without: 64 pixels, few epochs and attack steps, six methods and small
-subsets; an hour of training and another one of attacks on 2 CPU cores (computed from 0.45 s for 120
-images forward and back; not measured).
+all of them harder, and writes of what is complete results/cub2010.{md,json}, the cost of training
+as cub2010-cost.{md,json,png}, the worst case as cub2010-worst and the sweeps as cub2010-figures/
+(with --matched: matched-cub2010 ...). When the minutes of --budget are over it starts nothing new
+and stops a run at its last epoch. With a GPU: 224 pixels and all methods. Without: 64 pixels, few
+epochs and attack steps, six methods and small subsets; an hour of training and another one of
+attacks on 2 CPU cores (computed from 0.45 s for 120 images forward and back; not measured).
 """
 
 import argparse
@@ -125,6 +125,8 @@ def main(args):
         if done:
             run_command(table_command(args, table, done))    # reads what is stored
             say_what_it_is(args, args.name + table, done)
+            if not table:
+                write_costs(args, done)
         runs = done
     for command in figure_commands(args, runs):
         run_command(command, ends)
@@ -219,16 +221,6 @@ def say_what_it_is(args, table, runs):
     title = [f"{', '.join(title)} (the paper: 224 px, 200 epochs, 2944 and 3089 images where "
              f"classes 1-100 and 101-200 hold 2990 and 3043, embedding unstated, here 128"
              f"{'' if args.matched else ', est, act and hm 512'})"]
-    if table == args.name:
-        cost = []
-        for method in dict.fromkeys(runs.values()):
-            seconds = [sum(json.loads(line)["seconds"] for line in open(ROOT / run / "log.jsonl"))
-                       for run in runs if runs[run] == method]
-            _, times, rest = METHODS[method]
-            passes = f"{args.attack_steps * times + rest:g}" if args.attack_steps else \
-                f"{times:g} T + {rest:g}"
-            cost.append(f"{method} {passes}, {statistics.mean(seconds):.0f} s")
-        title.append(f"passes of an image in an epoch, seconds of training: {', '.join(cost)}")
     content |= {"title": "; ".join([*title, content["title"]]), "evaluation": content["command"],
                 "command": shlex.join(["python", "results/cub2010.py", *own_flags(args)])}
     markdown = evaluator.table_markdown(content)
@@ -236,6 +228,69 @@ def say_what_it_is(args, table, runs):
     path.with_suffix(".md").write_text(markdown)
     if args.into:
         evaluator.insert_table(ROOT / args.into, f"results/{table}", markdown)
+
+
+def write_costs(args, runs):
+    """results/NAME-cost.{json,md,png}: what a method's training takes, beside what it reaches."""
+    table = json.loads((ROOT / "results" / f"{args.name}.json").read_text())
+    content = {"command": table["command"], "table": f"{args.name}.json", "rows": []}
+    for method in dict.fromkeys(runs.values()):
+        own = [ROOT / run for run in runs if runs[run] == method]
+        logs = [[json.loads(line) for line in open(run / "log.jsonl")] for run in own]
+        done = [json.loads((run / "results.json").read_text()) for run in own]
+        _, times, rest = METHODS[method]
+        wanted = own[0].name.rpartition("-s")[0] + " vote" * (method in ENSEMBLES)
+        score = next(row for row in table["rows"] if row["name"] == wanted)
+        content["rows"].append({
+            "method": method, "epochs": len(logs[0]), "env": done[0]["env"],
+            "passes": f"{times:g} T + {rest:g}" if times else f"{rest:g}",
+            "epoch_seconds": statistics.median(line["seconds"] for log in logs for line in log),
+            "training_seconds": statistics.mean(sum(line["seconds"] for line in log)
+                                                for log in logs),
+            "images_per_second": statistics.median(line["images_per_second"] for log in logs
+                                                   for line in log),
+            "peak_gb": max(run["peak_gb"] for run in done),
+            "clean": score["clean"]["R@1"][0], "attacked": score["attacked"]["R@1"][0]})
+    path = ROOT / "results" / f"{args.name}-cost"
+    path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+    path.with_suffix(".md").write_text(cost_markdown(content))
+    if args.into:
+        import eval as evaluator
+        evaluator.insert_table(ROOT / args.into, f"results/{path.name}", cost_markdown(content))
+    draw_costs(content, path.with_suffix(".png"))
+
+
+def cost_markdown(content):
+    """The Markdown of a cost table, made from its JSON alone."""
+    env = content["rows"][0]["env"]
+    machine = env["device_name"] if env["device"] == "cuda" else f"{env['threads']} CPU cores"
+    lines = [f"Training on {machine}, what it costs and the Recall@1 that it reaches "
+             f"({content['table']}; ensembles vote). Passes: forward and back of an image in an "
+             f"epoch, T attack steps. Made by `{content['command']}`.", "",
+             "| | passes | epochs | seconds per epoch | images/s | peak GB | clean R@1 | attacked "
+             "R@1 |", "|---" + "|---:" * 7 + "|"]
+    lines += [f"| {row['method']} | {row['passes']} | {row['epochs']} | {row['epoch_seconds']:.0f} "
+              f"| {row['images_per_second']:.1f} | {row['peak_gb']:.2f} | {100 * row['clean']:.1f} "
+              f"| {100 * row['attacked']:.1f} |" for row in content["rows"]]
+    return "\n".join(lines) + "\n"
+
+
+def draw_costs(content, path):
+    """Recall@1 against seconds of training, a point a method."""
+    import matplotlib
+    matplotlib.use("Agg")                                    # files alone, no window
+    from matplotlib import pyplot
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for panel, side in zip(panels, ("clean", "attacked")):
+        for row in content["rows"]:
+            point = row["training_seconds"], 100 * row[side]
+            panel.plot(*point, "o", color="C0")
+            panel.annotate(row["method"], point, xytext=(4, 4), textcoords="offset points",
+                           fontsize=8)
+        panel.set(xscale="log", xlabel="seconds of training", ylabel=f"{side} Recall@1 in %")
+        panel.margins(x=0.25, y=0.15)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def own_flags(args):

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import attack  # noqa: E402
 import loading  # noqa: E402
 import metrics  # noqa: E402
+import summary  # noqa: E402
 import train_step  # noqa: E402
 
 SMALL_STEP = ["--quick", "--batch-size", "8", "--attack-steps", "2"]
@@ -131,3 +132,17 @@ def test_what_a_fixed_epoch_repeats_is_the_last_real_batch(tmp_path, monkeypatch
     for real_epoch, fixed_epoch in (epochs[:2], epochs[2:]):
         assert len({id(images) for images in real_epoch}) == steps
         assert {id(images) for images in fixed_epoch} == {id(real_epoch[-1])}
+
+
+def test_the_page_is_made_of_the_stored_figures():
+    assert summary.text() == (summary.RESULTS / "benchmarks.md").read_text()
+
+
+def test_a_target_is_met_or_missed_by_its_figures():
+    def wanted(value):
+        return value >= 0.9
+
+    assert summary.target("fast", {"eat": 0.9, "at": 1.0}, wanted) == ["- fast: met"]
+    assert summary.target("fast", {"eat": 0.9, "at": 0.89}, wanted) == [
+        "- fast: missed by at (0.89)"]
+    assert summary.target("fast", {}, wanted) == []

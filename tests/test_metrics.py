@@ -623,3 +623,15 @@ def test_voting_over_clusters_is_deterministic():
     for count in (80, 5100):
         members = torch.stack([random_labels(count, 6, seed) for seed in range(3)])
         assert torch.equal(vote_clusters(members, 6), vote_clusters(members.clone(), 6))
+
+
+@pytest.mark.parametrize("count, depth", [(40, 3), (1024, 1), (1087, 1), (5000, 4), (5000, 5)])
+def test_the_top_candidates_are_those_of_topk(count, depth):
+    similarity = torch.randn(7, count, generator=torch.Generator().manual_seed(0))
+    similarity[0, 1::2] = -torch.inf
+    similarity[1] = -torch.inf
+    similarity[2, -1] = 9.0                                    # beyond the last whole group
+    value, column = common.top_candidates(similarity, depth)
+    assert torch.equal(value, similarity.topk(depth).values)
+    assert torch.equal(similarity.gather(1, column), value)
+    assert all(len(set(row)) == depth for row in column.tolist())

@@ -183,15 +183,16 @@ def test_tables_are_of_what_is_complete(tmp_path, monkeypatch):
 
     monkeypatch.setattr(cub2010, "run_command", run_command)
     monkeypatch.setattr(cub2010, "say_what_it_is", lambda args, table, runs: said.append(table))
+    monkeypatch.setattr(cub2010, "write_costs", lambda args, runs: said.append(list(runs.values())))
     args = cub2010.parse_args(["--device", "cpu", "--budget", "1", "--methods", "natural", "at"])
     cub2010.main(args)                     # two trained, attacked, one more attack on both, no time
-    assert said == ["cub2010", "cub2010-worst"]
+    assert said == ["cub2010", ["natural", "at"], "cub2010-worst"]
     assert [len(evaluator.parse_args(shlex.split(own)[1:]).runs)
             for own in ran if "--table" in own] == [2, 2]
     left = 9
     ran.clear()
     cub2010.main(args)                               # results.json is missing: all once more
-    assert said[2:] == ["cub2010", "cub2010-worst", "cub2010-template"]
+    assert said[3:] == ["cub2010", ["natural", "at"], "cub2010-worst", "cub2010-template"]
 
 
 def test_a_table_says_what_it_is(tmp_path, monkeypatch):
@@ -200,7 +201,6 @@ def test_a_table_says_what_it_is(tmp_path, monkeypatch):
                                "--into", "page.md"])
     run = cub2010.run_of(args, "at", 0)
     (tmp_path / run).mkdir(parents=True)
-    (tmp_path / run / "log.jsonl").write_text('{"seconds": 30.0}\n{"seconds": 12.4}\n')
     (tmp_path / "results").mkdir()
     stored = json.loads((ROOT / "results/glyphs-hm.json").read_text())
     (tmp_path / "results/matched-cub2010.json").write_text(json.dumps(stored))
@@ -211,8 +211,37 @@ def test_a_table_says_what_it_is(tmp_path, monkeypatch):
     assert evaluator.table_markdown(content) == markdown and markdown in \
         (tmp_path / "page.md").read_text()
     assert "64 px, 4 epochs, one recipe for all, radius 8/255, T = 4 attack steps" in markdown
-    assert "2990 and 3043" in markdown and "at 7, 42 s" in markdown and "on a CPU" in markdown
+    assert "2990 and 3043" in markdown and "on a CPU" in markdown
     assert content["title"].endswith(stored["title"]) and "/else" not in json.dumps(content)
     monkeypatch.setattr(sys, "argv", ["cub2010.py"])
     again = cub2010.parse_args(shlex.split(content["command"])[2:])
     assert (again.matched, again.methods, again.epochs) == (True, args.methods, 4)
+
+
+def test_a_cost_table_has_the_measured_seconds_and_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(cub2010, "ROOT", tmp_path)
+    args = cub2010.parse_args(["--device", "cpu", "--into", "page.md"])
+    runs = {cub2010.run_of(args, method, 0): method for method in ("at", "eat")}
+    env = {"device": "cpu", "threads": 2, "device_name": "some"}
+    for run in runs:
+        (tmp_path / run).mkdir(parents=True)
+        (tmp_path / run / "log.jsonl").write_text("".join(
+            json.dumps({"seconds": seconds, "images_per_second": 600 / seconds}) + "\n"
+            for seconds in (30.0, 10.0, 20.0)))
+        (tmp_path / run / "results.json").write_text(json.dumps({"peak_gb": 1.25, "env": env}))
+    (tmp_path / "results").mkdir()
+    rows = [{"name": name, "clean": {"R@1": [0.5, None]}, "attacked": {"R@1": [0.25, None]}}
+            for name in ("at-cub2010-mobilenetv2", "eat-cub2010-mobilenetv2 member_1",
+                         "eat-cub2010-mobilenetv2 vote")]
+    (tmp_path / "results/cub2010.json").write_text(json.dumps({"command": "the command",
+                                                               "rows": rows}))
+    (tmp_path / "page.md").write_text("<!-- results/cub2010-cost.md -->\nold\n<!-- end -->\n")
+    cub2010.write_costs(args, runs)
+    content = json.loads((tmp_path / "results/cub2010-cost.json").read_text())
+    markdown = (tmp_path / "results/cub2010-cost.md").read_text()
+    assert cub2010.cost_markdown(content) == markdown
+    assert markdown in (tmp_path / "page.md").read_text()
+    assert "| at | 1 T + 3 | 3 | 20 | 30.0 | 1.25 | 50.0 | 25.0 |" in markdown
+    assert "| eat | 3 T + 7 | 3 |" in markdown and "2 CPU cores" in markdown
+    assert [row["training_seconds"] for row in content["rows"]] == [60, 60]
+    assert (tmp_path / "results/cub2010-cost.png").stat().st_size > 1000
