@@ -20,6 +20,7 @@ from common import (
     ranking_scores,
     recall_at_k,
     recall_interval,
+    top_candidates,
     vote_clusters,
     vote_recall,
 )
@@ -631,7 +632,7 @@ def test_the_top_candidates_are_those_of_topk(count, depth):
     similarity[0, 1::2] = -torch.inf
     similarity[1] = -torch.inf
     similarity[2, -1] = 9.0                                    # beyond the last whole group
-    value, column = common.top_candidates(similarity, depth)
+    value, column = top_candidates(similarity, depth)
     assert torch.equal(value, similarity.topk(depth).values)
     assert torch.equal(similarity.gather(1, column), value)
     assert all(len(set(row)) == depth for row in column.tolist())
