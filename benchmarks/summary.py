@@ -59,8 +59,9 @@ def attack(result):
                  f"{row['torchattacks_ms']:.1f}", f"{row['ratio']:.2f}", f"{row['equal']:.4f}",
                  f"{row['largest_difference']:.0e}"] for row in rows]),
         "",
-        *target("at least as fast", {f"{row['steps']} steps": row["ratio"] for row in rows},
-                lambda value: value >= 1)]
+        *target("at least as fast, to two digits",
+                {f"{row['steps']} steps": row["ratio"] for row in rows},
+                lambda value: round(value, 2) >= 1)]
 
 
 def metrics(result):
@@ -113,7 +114,7 @@ def text():
     for file in sorted(RESULTS.glob("benchmarks-*.json")):
         result = json.loads(file.read_text())
         title, body = write[result["benchmark"]](result)
-        old = ", before what README.md calls new" * file.stem.endswith("-before")
+        old = ", before what benchmarks/README.md calls new" * file.stem.endswith("-before")
         lines += [f"## {title}{old}", "", f"On {result['machine']}, torch "
                   f"{result['versions']['torch']}, commit {result['commit'][:7]}: "
                   f"`{result['command']}` ([{file.name}]({file.name})).", "", *body, ""]
