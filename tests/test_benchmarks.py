@@ -1,6 +1,7 @@
 """The benchmarks run, write what they promise, and compare equal results. Nothing is timed here."""
 
 import json
+import platform
 import sys
 from pathlib import Path
 
@@ -132,6 +133,22 @@ def test_what_a_fixed_epoch_repeats_is_the_last_real_batch(tmp_path, monkeypatch
     for real_epoch, fixed_epoch in (epochs[:2], epochs[2:]):
         assert len({id(images) for images in real_epoch}) == steps
         assert {id(images) for images in fixed_epoch} == {id(real_epoch[-1])}
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt belongs to glibc")
+def test_on_a_cpu_freed_memory_is_not_given_back():
+    import resource
+
+    def faults():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    common.pick_device("cpu")
+    taken = []
+    for _ in range(6):
+        before = faults()
+        torch.ones(2**24)                            # 64 MiB: else 16,384 pages of 4 KiB
+        taken.append(faults() - before)
+    assert max(taken[3:]) < 2**10
 
 
 def test_the_page_is_made_of_the_stored_figures():

@@ -1129,6 +1129,20 @@ def test_views_are_bit_equal_for_any_number_of_workers(root, cached):
     assert same_views(alone, views(train, batches, workers=3))
 
 
+def test_the_loaders_threads_compute_with_one_thread_and_the_caller_with_its_own(root, monkeypatch):
+    train, seen = noise_set(root, cached=True), []
+    monkeypatch.setattr(train, "view", lambda index: (seen.append(torch.get_num_threads()),
+                                                      torch.zeros(3, 16, 16, dtype=torch.uint8))[1])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for _ in load_batches(train, list(torch.arange(12).split(4)), augment=False, workers=2):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1] * 12
+
+
 @pytest.mark.parametrize("cached", [True, False], ids=["cached", "read"])
 def test_views_do_not_depend_on_batching_or_on_global_random_state(root, cached):
     train = noise_set(root, cached)

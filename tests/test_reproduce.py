@@ -245,3 +245,11 @@ def test_a_cost_table_has_the_measured_seconds_and_memory(tmp_path, monkeypatch)
     assert "| eat | 3 T + 7 | 3 |" in markdown and "2 CPU cores" in markdown
     assert [row["training_seconds"] for row in content["rows"]] == [60, 60]
     assert (tmp_path / "results/cub2010-cost.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*-cost.json")),
+                         ids=lambda path: path.stem)
+def test_every_cost_table_is_its_json(path):
+    content = json.loads(path.read_text())
+    assert cub2010.cost_markdown(content) == path.with_suffix(".md").read_text()
+    assert (path.parent / content["table"]).exists()
