@@ -15,11 +15,11 @@ Algorithm 1, line by line, for one mini-batch (the paper's "ep"):
 
     l. 2     D split at random into D^1 ... D^N; member i never     common.split_by_image
              trains on D^i                                          (--no-split: all train on D)
-    l. 4     member i draws a mini-batch from D \\ D^i              shuffled_batches, `sees`
+    l. 4     member i draws a mini-batch from D \\ D^i              common.epoch_batches, `sees`
     l. 5-7   x_adv: T steps from x, against all members as they     attack, pgd: once per image,
              were after the previous step, Eq. (10)                 whoever trains on it
     l. 6, 8  beta L(F_i(x), y) + (1 - beta) L(F_i(x_adv), y)        member_loss
-    l. 9     a step of member i's own optimiser                     the last lines of the loop
+    l. 9     a step of member i's own optimiser                     optimizers[i].step()
     output   the label that most members' neighbours carry          common.vote_labels
 
 Symbols: N --members, beta --beta, epsilon --eps, T --attack-steps, alpha --step-size; L is Proxy
@@ -144,7 +144,7 @@ def main(args):
     count = args.members
     # One shared batch a step, drawn so large that a member sees batch_size of it; with
     # --own-batches one batch per member, out of the images it trains on.
-    part = common.split_by_image(train.labels, count if args.split else 1, args.seed)
+    part = common.split_by_image(train.labels, count if args.split else 1, args.seed)     # l. 2
     sees = [(part != i) if args.split else torch.ones(len(train), dtype=torch.bool)
             for i in range(count)]
     drawn = args.batch_size
@@ -195,37 +195,39 @@ def main(args):
         streams = [load_batches(train, batches[:steps], args.seed, epoch, workers=args.workers,
                                 device=device) for batches in drawn_batches]
         for step in common.progress(zip(*streams), f"epoch {epoch + 1}", steps):
+            # l. 5-7
             crafted = [attack(members, proxies, images, labels, args.attack_loss, ramp * args.eps,
                               ramp * args.step_size, args.attack_steps if ramp else 0)
                        for images, labels, _ in step]
             for i in range(count):
-                shared = i if args.own_batches else 0
-                (images, labels, rows), adversarial = step[shared], crafted[shared]
-                kept = sees[i][rows].nonzero()[:, 0]                # on the CPU: no GPU sync
+                stream = i if args.own_batches else 0
+                (images, labels, rows), adversarial = step[stream], crafted[stream]
+                kept = sees[i][rows].nonzero()[:, 0]      # l. 4; on the CPU: no GPU sync
                 if len(kept) == 0:
                     continue                                    # the batch lies wholly in part i
-                loss, clean, robust = member_loss(members[i], proxies[i], images[kept],
+                loss, clean, robust = member_loss(members[i], proxies[i], images[kept],   # l. 6, 8
                                                   adversarial[kept], labels[kept], args.beta)
                 optimizers[i].zero_grad(set_to_none=True)
                 loss.backward()
                 nn.utils.clip_grad_value_([*members[i].parameters(), proxies[i]], 10)
-                optimizers[i].step()
+                optimizers[i].step()                                # l. 9
                 totals, updates = totals + torch.stack([clean, robust]), updates + 1
             seen += sum(len(images) for images, _, _ in step)
         lr = optimizers[0].param_groups[0]["lr"]
         for scheduler in schedulers:
             scheduler.step()
         epoch += 1
-        clean, robust = (totals / max(updates, 1)).tolist()
+        clean_loss, robust_loss = (totals / max(updates, 1)).tolist()
         collapse = common.mean_cosine(common.embed(members[:1], [step[0]])[0])
-        common.check_finite(clean + robust + collapse, epoch, out)
+        common.check_finite(clean_loss + robust_loss + collapse, epoch, out)
         seconds = time.perf_counter() - epoch_started
-        record = {"epoch": epoch, "clean": clean, "adversarial": robust,
-                  "lr": lr, "seconds": round(seconds, 3),
+        record = {"epoch": epoch, "clean": clean_loss, "adversarial": robust_loss, "lr": lr,
+                  "seconds": round(seconds, 3),
                   "images_per_second": round(seen / seconds, 1), "collapse": collapse}
         if args.dry_run:
-            print(f"one batch of {tuple(step[0][0].shape)}: clean {clean:.3f}, adversarial "
-                  f"{robust:.3f}, {seconds:.2f} s, {common.peak_gb(device) or float('nan'):.2f} GB")
+            print(f"one batch of {tuple(step[0][0].shape)}: clean {clean_loss:.3f}, "
+                  f"adversarial {robust_loss:.3f}, {seconds:.2f} s, "
+                  f"{common.peak_gb(device) or float('nan'):.2f} GB")
             break
         if args.eval_every and epoch % args.eval_every == 0:
             record |= common.quick_scores(

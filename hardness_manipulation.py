@@ -119,28 +119,29 @@ def hm_loss(model, images, labels, source, destination, previous, ball, *, ics=0
 
     ball: eps, step_size, steps. Mining and attack see the evaluation mode. Equal source and
     destination: no attack, the triplet loss of the source's triplets.
+    Numbers in the code are the steps at the top of this file.
     """
     with frozen(model), torch.no_grad():
         clean = model(images)
-    triplet = mine(clean, labels, source, self_positive)
+    triplet = mine(clean, labels, source, self_positive)      # 1
     if len(triplet[0]) == 0:                                  # one class alone in the batch
         loss = 0 * model(images).sum()
         return loss, {"loss": loss}, previous
     before = hardness(*(clean[rows] for rows in triplet))
-    moved = images[torch.cat(triplet)]
+    stacked = images[torch.cat(triplet)]                      # [a; p; n], three copies
     wanted = before
     if destination != source:
         wanted = wanted_hardness(destination, clean, labels, previous, constant, sampler,
-                                 self_positive)
-        moved = manipulate(model, moved, wanted, *ball)
-    embeddings = model(moved).chunk(3)
-    loss = triplet_loss(*embeddings, margin=MARGIN)
+                                 self_positive)               # 2
+        stacked = manipulate(model, stacked, wanted, *ball)   # 3
+    embeddings = model(stacked).chunk(3)
+    loss = triplet_loss(*embeddings, margin=MARGIN)           # 4
     terms = {"loss": loss, "H_source": before.mean(), "H_wanted": wanted.mean(),
              "H_moved": hardness(*embeddings).mean()}
     if not ics:
         return loss, terms, loss.detach()
-    own = model(images)                                       # clean, with a gradient
-    structure = ics * ics_loss(own[triplet[0]], embeddings[0], own[triplet[1]])
+    benign = model(images)                                    # clean, with a gradient
+    structure = ics * ics_loss(benign[triplet[0]], embeddings[0], benign[triplet[1]])       # 5
     return loss + structure, {**terms, "ics": structure}, loss.detach()
 
 

@@ -93,7 +93,7 @@ def who_moves(a, p, n, loss, perturb):
         return [a, p, n], None, moved, terms, torch.ones(len(a), dtype=torch.bool)
     first, second = a.repeat(2), torch.cat([p, n])            # T positive pairs, T negative ones
     positive = torch.arange(2 * len(a)) < len(a)
-    possible = {"anchor": positive | ~positive, "positive": positive, "negative": ~positive}
+    possible = {"anchor": torch.ones_like(positive), "positive": positive, "negative": ~positive}
     moved, partner = (0, second) if perturb == "anchor" else (1, first)
     terms = [(torch.cat([one, -one]), partner)]
     return [first, second], positive.to(a.device), moved, terms, possible[perturb]
@@ -106,10 +106,11 @@ def robust_loss(model, images, labels, gamma, ball, *, loss="contrastive", pertu
     gamma(T): which of T tuples are attacked, bool, on the CPU. ball: eps, step_size, steps and
     random_start of `attack`. reg_weight: lambda of formulation 3; then the anchors are attacked,
     away from themselves, and the tuples stay clean. Mining and attack see the evaluation mode.
+    Numbers in the code are the steps at the top of this file.
     """
     with frozen(model), torch.no_grad():
         clean = model(images)
-    a, p, n = mine_triplets(clean, labels, "distance", cutoffs=cutoffs)
+    a, p, n = mine_triplets(clean, labels, "distance", cutoffs=cutoffs)             # 1
     tuples, same, moved, terms, possible = who_moves(a, p, n, loss, perturb)
     before = tuple_loss(clean, tuples, same, reduction, squared)
     attacked = tuples[moved]
@@ -117,12 +118,12 @@ def robust_loss(model, images, labels, gamma, ball, *, loss="contrastive", pertu
         attacked, terms = a, [(torch.ones_like(a), a)]
         possible = torch.ones(len(a), dtype=torch.bool)
 
-    hit = (gamma(len(possible)) & possible).nonzero()[:, 0].to(images.device)
+    hit = (gamma(len(possible)) & possible).nonzero()[:, 0].to(images.device)       # 2
     added = torch.arange(len(images), len(images) + len(hit), device=images.device)
     if len(hit):
         fixed = [(sign[hit], clean[rows[hit]]) for sign, rows in terms]
-        images = torch.cat([images, attack(model, images[attacked[hit]], fixed, *ball)])
-    embeddings = model(images)
+        images = torch.cat([images, attack(model, images[attacked[hit]], fixed, *ball)])        # 3
+    embeddings = model(images)                                                      # 4
     if reg_weight is None:
         tuples[moved] = attacked.index_copy(0, hit, added)
     value = tuple_loss(embeddings, tuples, same, reduction, squared)
