@@ -1,16 +1,21 @@
 """The README does what it says: its commands parse, its snippet runs, its tables are the files."""
 
 import ast
+import builtins
+import dis
+import inspect
 import json
 import re
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 import baselines
+import common
 import eat
 import eval as evaluator
 import hardness_manipulation
@@ -70,6 +75,37 @@ def test_the_snippet_for_your_own_model_runs(capsys):
     clean, attacked, warning = capsys.readouterr().out.split(maxsplit=2)
     assert 0 <= float(attacked) <= 1 and 0 <= float(clean) <= 1
     assert "unit vectors" in warning
+
+
+def globals_of(code):
+    """The global names that a code object and those inside it read."""
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "LOAD_GLOBAL":
+            yield instruction.argval
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield from globals_of(inner)
+
+
+PASTE = re.search(r"<!-- test: paste -->\n.*\n.*\n((?:\|.*\n)+)", README).group(1).splitlines()
+
+
+@pytest.mark.parametrize("row", PASTE, ids=lambda row: row.split("`")[1])
+def test_what_is_to_be_pasted_needs_nothing_else(row):
+    preamble = re.search(r"Under\n((?:`[^`]+`[, and\n]*)+)each runs", README).group(1)
+    names, owner = re.findall(r"`([^`]+)`", preamble + row), dict.fromkeys(vars(common), common)
+    owner |= {name: baselines for name in ("at", "trades", "shift_attack")}
+    space = {}
+    for name in sorted(names, key=str.isidentifier):            # imports and constants come first
+        if name.endswith(".py"):
+            continue
+        code = inspect.getsource(getattr(owner[name], name)) if name.isidentifier() else name
+        exec(compile(code, name, "exec"), space)
+    pasted = [value for value in space.values() if inspect.isfunction(value)]
+    assert pasted
+    for function in pasted:
+        code = inspect.unwrap(function).__code__
+        assert set(globals_of(code)) <= space.keys() | vars(builtins).keys(), function.__name__
 
 
 @pytest.mark.parametrize("name", re.findall(r"<!-- (results/\S+\.md) -->", README))
