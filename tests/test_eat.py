@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.transforms.functional import to_pil_image
 
 import common
 import eat
@@ -336,3 +337,23 @@ def test_proxies_differ_by_member_and_by_seed_and_repeat():
     assert not torch.equal(proxies(1), proxies(1, seed=1))
     spread = proxies(0).detach().std()                             # kaiming, fan_out
     assert float(spread) == pytest.approx((2 / 200) ** 0.5, rel=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler")   # of who never trains
+def test_the_log_is_the_mean_over_the_members_that_trained(tmp_path, monkeypatch, capsys):
+    for number in range(12):
+        path = tmp_path / ("train" if number < 8 else "test") / str(number // 2) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        to_pil_image(torch.rand(3, 12, 12)).save(path)
+
+    def fixed(member, proxies, images, adversarial, labels, beta):
+        return member(images).sum() + proxies.sum(), torch.tensor(2.0), torch.tensor(3.0)
+
+    monkeypatch.setattr(eat, "member_loss", fixed)
+    monkeypatch.setattr(common, "split_by_image",                  # member 1 of three sees nothing
+                        lambda labels, *_: torch.zeros(len(labels), dtype=torch.long))
+    eat.main(eat.parse_args([
+        "--dataset", "folder", "--data-root", str(tmp_path), "--arch", "convnet", "--weights",
+        "none", "--image-size", "16", "--batch-size", "4", "--attack-steps", "1", "--workers", "0",
+        "--device", "cpu", "--dry-run"]))
+    assert "clean 2.000, adversarial 3.000" in capsys.readouterr().out
