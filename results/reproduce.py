@@ -101,7 +101,7 @@ SCORES = "--rules vote --metrics R@1 {} NMI F1 {{beside}} --table {{table}}"
 OF_EAT = proxy_anchor("mobilenetv2", *DEFENSES)
 EAT = [
     Item("eat", "table", "1", "defenses, MobileNetV2", OF_EAT, SCORES.format("R@2 R@4 R@8"),
-         "cub2010 cars", "cub2010.md matched-cub2010.md eat-cub2010-64px.md glyphs-baselines.md",
+         "cub2010 cars", "cub2010.md matched-cub2010.md glyphs-baselines.md",
          note="TRADES: lambda is unstated; 6 and 1"),
     Item("eat", "table", "2", "defenses, BN-Inception",
          proxy_anchor("bninception --weights bn_inception-52deb4733.pth", *DEFENSES),
