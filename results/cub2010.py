@@ -28,6 +28,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import eval as evaluator  # noqa: E402
+
 # Name of the run: what trains it, and forward passes of an image in an epoch, T + constant. For
 # est, act and hm an epoch has every image as an anchor, with its partner.
 METHODS = {
@@ -209,7 +212,6 @@ def run_command(command, ends=None):
 
 def say_what_it_is(args, table, runs):
     """Put what the runs share and cost into a table's title, and the command that made it."""
-    import eval as evaluator
     path = ROOT / "results" / table
     content = json.loads(path.with_suffix(".json").read_text())
     on_cpu = args.tables is PRESETS["cpu"][2]
@@ -255,7 +257,6 @@ def write_costs(args, runs):
     path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
     path.with_suffix(".md").write_text(cost_markdown(content))
     if args.into:
-        import eval as evaluator
         evaluator.insert_table(ROOT / args.into, f"results/{path.name}", cost_markdown(content))
     draw_costs(content, path.with_suffix(".png"))
 
