@@ -681,8 +681,8 @@ def load_batches(dataset: ImageSet, batches, seed: int = 0, epoch: int = 0, *, a
             yield finish(collate([view(index) for index in batch.tolist()]), batch)
         return
     with ThreadPoolExecutor(workers) as pool:
-        # Each of these threads would compute with as many of its own. More of them than cores, and
-        # OpenMP puts those of the network to sleep after every operation: twice the time.
+        # Each of these threads would compute with as many of its own. With more of them than cores
+        # the network took twice the time (results/benchmarks-loading-convnet-32-cpu-before.json).
         threads, started = torch.get_num_threads(), Barrier(workers + 1)
 
         def start():
@@ -1232,7 +1232,7 @@ def ranking_scores(embeddings, labels, ks, gallery=None, gallery_labels=None, pr
 
 
 def top_candidates(similarity, depth):
-    """similarity.topk(depth) of the rows (b, N), in a third of the time where N is large.
+    """similarity.topk(depth) of the rows (b, N), in less time where N is large.
 
     The `depth` largest are in no more than `depth` of the groups of 64: those of largest maximum.
     """
@@ -2272,7 +2272,7 @@ def pick_device(name: str, deterministic: bool = False) -> torch.device:
                         f"{torch.cuda.device_count()} CUDA devices; try --device cpu") from error
     if device.type == "cpu" and sys.platform == "linux":
         # glibc gives the activations of every pass back to the system, which has to clear the
-        # pages again for the next one: a tenth of a step of eat.py with MobileNetV2.
+        # pages again for the next one.
         set_malloc = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)
         set_malloc(-4, 0)                      # M_MMAP_MAX: large blocks come from the heap too,
         set_malloc(-1, 2**31 - 1)              # M_TRIM_THRESHOLD: whose end is not given back

@@ -48,7 +48,7 @@ def embeddings_of(size, device):
 
 def ours(task, embeddings, labels):
     if task == "retrieval":
-        hits, precision = common.ranking_scores(embeddings, labels, (1,))    # as in common.score
+        hits, precision = common.ranking_scores(embeddings, labels, (1,))    # metrics_by_rule
         return {"R@1": float(hits.float().mean()), "mAP@R": precision}
     return {"NMI": common.nmi(labels, common.kmeans(embeddings, len(labels.unique()), seed=0))}
 
