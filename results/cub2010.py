@@ -58,6 +58,7 @@ INTERVAL = "--metrics R@1 R@1_low R@1_high"
 PRESETS = {
     "cuda": (dict(image_size=224, epochs=20, attack_steps=None, methods=list(METHODS)), "", {
         "": ("", f"{INTERVAL} NMI F1"),
+        "-ers": ("--protocol ers --limit-queries 1000", "--metrics R@1 ERS"),
         "-worst": ("--protocol all --eps 8/255 --attack-steps 10 --limit-queries 1000", ""),
     }, ("--sweep-eps --sweep-steps --limit-queries 1000", "--per-member --limit-queries 1000")),
     # Smaller batches make more of few epochs; the paper says nothing of a warm-up.
@@ -65,6 +66,7 @@ PRESETS = {
             "--batch-size 60 --warmup-epochs 0 --limit-queries 1000", {
         "": ("--limit-queries 1000", f"{INTERVAL} NMI F1"),
         "-weak": ("--eps 2/255 --limit-queries 1000", INTERVAL),
+        "-ers": ("--protocol ers --attack-steps 10 --limit-queries 200", "--metrics R@1 ERS"),
         "-worst": ("--objective shift worst --limit-queries 200", f"{INTERVAL} R@1_free bound"),
         "-template": ("--protocol template --eps 8/255 --step-size 2/255 --attack-steps 10 "
                       "--limit-queries 1000", f"{INTERVAL} mAP@R"),
@@ -119,19 +121,17 @@ def main(args):
         return
     (ROOT / "runs").mkdir(exist_ok=True)
     for table in args.tables:                                # the first one trains
-        done = {}
-        for run, method in runs.items():
-            if not all(run_once(command, run, ends)
-                       for command in run_commands(args, table, run, method)):
-                break
-            done[run] = method
+        done = {run: method for run, method in runs.items()
+                if all(run_once(command, run, ends)
+                       for command in run_commands(args, table, run, method))}
         print(f"results/{args.name}{table}: {len(done)} of {len(runs)} runs are complete")
         if done:
             run_command(table_command(args, table, done))    # reads what is stored
             say_what_it_is(args, args.name + table, done)
-            if not table:
-                write_costs(args, done)
-        runs = done
+        if not table:
+            runs = done
+    if runs:
+        write_costs(args, runs)
     for command in figure_commands(args, runs):
         run_command(command, ends)
     # It shows photos, which are not ours to pass on.
@@ -236,14 +236,19 @@ def say_what_it_is(args, table, runs):
 def write_costs(args, runs):
     """results/NAME-cost.{json,md,png}: what a method's training takes, beside what it reaches."""
     table = json.loads((ROOT / "results" / f"{args.name}.json").read_text())
+    ers = ROOT / "results" / f"{args.name}-ers.json"
+    ers = {row["name"].split()[0]: row["attacked"]["ERS"][0]
+           for row in (json.loads(ers.read_text())["rows"] if ers.exists() else [])
+           if "ERS" in row["attacked"]}
     content = {"command": table["command"], "table": f"{args.name}.json", "rows": []}
     for method in dict.fromkeys(runs.values()):
         own = [ROOT / run for run in runs if runs[run] == method]
         logs = [[json.loads(line) for line in open(run / "log.jsonl")] for run in own]
         done = [json.loads((run / "results.json").read_text()) for run in own]
         _, times, rest = METHODS[method]
-        wanted = own[0].name.rpartition("-s")[0] + " vote" * (method in ENSEMBLES)
-        score = next(row for row in table["rows"] if row["name"] == wanted)
+        name = own[0].name.rpartition("-s")[0]
+        score = next(row for row in table["rows"]
+                     if row["name"] == name + " vote" * (method in ENSEMBLES))
         content["rows"].append({
             "method": method, "epochs": len(logs[0]), "env": done[0]["env"],
             "passes": f"{times:g} T + {rest:g}" if times else f"{rest:g}",
@@ -253,7 +258,8 @@ def write_costs(args, runs):
             "images_per_second": statistics.median(line["images_per_second"] for log in logs
                                                    for line in log),
             "peak_gb": max(run["peak_gb"] for run in done),
-            "clean": score["clean"]["R@1"][0], "attacked": score["attacked"]["R@1"][0]})
+            "clean": score["clean"]["R@1"][0], "attacked": score["attacked"]["R@1"][0],
+            "ERS": ers.get(name)})
     path = ROOT / "results" / f"{args.name}-cost"
     path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
     path.with_suffix(".md").write_text(cost_markdown(content))
@@ -267,29 +273,38 @@ def cost_markdown(content):
     env = content["rows"][0]["env"]
     machine = env["device_name"] if env["device"] == "cuda" else f"{env['threads']} CPU cores"
     lines = [f"Training on {machine}, what it costs and the Recall@1 that it reaches "
-             f"({content['table']}; ensembles vote). Passes: forward and back of an image in an "
+             f"({content['table']}; ensembles vote; ERS: -ers). Passes: forward and back of an image in an "
              f"epoch, T attack steps. Made by `{content['command']}`.", "",
              "| | passes | epochs | seconds per epoch | images/s | peak GB | clean R@1 | attacked "
-             "R@1 |", "|---" + "|---:" * 7 + "|"]
+             "R@1 | ERS |", "|---" + "|---:" * 8 + "|"]
     lines += [f"| {row['method']} | {row['passes']} | {row['epochs']} | {row['epoch_seconds']:.0f} "
               f"| {row['images_per_second']:.1f} | {row['peak_gb']:.2f} | {100 * row['clean']:.1f} "
-              f"| {100 * row['attacked']:.1f} |" for row in content["rows"]]
+              f"| {100 * row['attacked']:.1f} "
+              f"| {'-' if row['ERS'] is None else format(row['ERS'], '.1f')} |"
+              for row in content["rows"]]
     return "\n".join(lines) + "\n"
 
 
 def draw_costs(content, path):
-    """Recall@1 against seconds of training, a point a method."""
+    """Recall@1 and ERS against seconds of training, a point a method."""
     import matplotlib
     matplotlib.use("Agg")                                    # files alone, no window
     from matplotlib import pyplot
-    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for panel, side in zip(panels, ("clean", "attacked")):
-        for row in content["rows"]:
-            point = row["training_seconds"], 100 * row[side]
+    shown = {"clean Recall@1 in %": {row["method"]: 100 * row["clean"] for row in content["rows"]},
+             "attacked Recall@1 in %": {row["method"]: 100 * row["attacked"]
+                                        for row in content["rows"]},
+             "ERS": {row["method"]: row["ERS"] for row in content["rows"]
+                     if row["ERS"] is not None}}
+    shown = {label: values for label, values in shown.items() if values}
+    figure, panels = pyplot.subplots(1, len(shown), figsize=(4.5 * len(shown), 3.6),
+                                     layout="constrained")
+    for panel, (label, values) in zip(panels, shown.items()):
+        for row in (row for row in content["rows"] if row["method"] in values):
+            point = row["training_seconds"], values[row["method"]]
             panel.plot(*point, "o", color="C0")
             panel.annotate(row["method"], point, xytext=(4, 4), textcoords="offset points",
                            fontsize=8)
-        panel.set(xscale="log", xlabel="seconds of training", ylabel=f"{side} Recall@1 in %")
+        panel.set(xscale="log", xlabel="seconds of training", ylabel=label)
         panel.margins(x=0.25, y=0.15)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -185,13 +185,14 @@ def test_tables_are_of_what_is_complete(tmp_path, monkeypatch):
     monkeypatch.setattr(cub2010, "write_costs", lambda args, runs: said.append(list(runs.values())))
     args = cub2010.parse_args(["--device", "cpu", "--budget", "1", "--methods", "natural", "at"])
     cub2010.main(args)                     # two trained, attacked, one more attack on both, no time
-    assert said == ["cub2010", ["natural", "at"], "cub2010-worst"]
+    assert said == ["cub2010", "cub2010-weak", ["natural", "at"]]
     assert [len(evaluator.parse_args(shlex.split(own)[1:]).runs)
             for own in ran if "--table" in own] == [2, 2]
     left = 9
     ran.clear()
     cub2010.main(args)                               # results.json is missing: all once more
-    assert said[3:] == ["cub2010", ["natural", "at"], "cub2010-worst", "cub2010-template"]
+    assert said[3:] == ["cub2010", "cub2010-weak", "cub2010-ers", "cub2010-worst",
+                        ["natural", "at"]]
 
 
 def test_a_table_says_what_it_is(tmp_path, monkeypatch):
@@ -234,14 +235,18 @@ def test_a_cost_table_has_the_measured_seconds_and_memory(tmp_path, monkeypatch)
                          "eat-cub2010-mobilenetv2 vote")]
     (tmp_path / "results/cub2010.json").write_text(json.dumps({"command": "the command",
                                                                "rows": rows}))
+    rows = [{"name": "eat-cub2010-mobilenetv2 vote", "attacked": {}},
+            {"name": "eat-cub2010-mobilenetv2 distance", "attacked": {"ERS": [12.5, None]}}]
+    (tmp_path / "results/cub2010-ers.json").write_text(json.dumps({"rows": rows}))
     (tmp_path / "page.md").write_text("<!-- results/cub2010-cost.md -->\nold\n<!-- end -->\n")
     cub2010.write_costs(args, runs)
     content = json.loads((tmp_path / "results/cub2010-cost.json").read_text())
     markdown = (tmp_path / "results/cub2010-cost.md").read_text()
     assert cub2010.cost_markdown(content) == markdown
     assert markdown in (tmp_path / "page.md").read_text()
-    assert "| at | 1 T + 3 | 3 | 20 | 30.0 | 1.25 | 50.0 | 25.0 |" in markdown
-    assert "| eat | 3 T + 7 | 3 |" in markdown and "2 CPU cores" in markdown
+    assert "| at | 1 T + 3 | 3 | 20 | 30.0 | 1.25 | 50.0 | 25.0 | - |" in markdown
+    assert "| eat | 3 T + 7 | 3 | 20 | 30.0 | 1.25 | 50.0 | 25.0 | 12.5 |" in markdown
+    assert "2 CPU cores" in markdown
     assert [row["training_seconds"] for row in content["rows"]] == [60, 60]
     assert (tmp_path / "results/cub2010-cost.png").stat().st_size > 1000
 
