@@ -66,8 +66,8 @@ PRESETS = {
             "--batch-size 60 --warmup-epochs 0 --limit-queries 1000", {
         "": ("--limit-queries 1000", f"{INTERVAL} NMI F1"),
         "-weak": ("--eps 2/255 --limit-queries 1000", INTERVAL),
-        "-ers": ("--protocol ers --attack-steps 10 --limit-queries 200", "--metrics R@1 ERS"),
         "-worst": ("--objective shift worst --limit-queries 200", f"{INTERVAL} R@1_free bound"),
+        "-ers": ("--protocol ers --attack-steps 10 --limit-queries 200", "--metrics R@1 ERS"),
         "-template": ("--protocol template --eps 8/255 --step-size 2/255 --attack-steps 10 "
                       "--limit-queries 1000", f"{INTERVAL} mAP@R"),
     }, ("--sweep-eps 2/255 4/255 8/255 16/255 --sweep-steps 1 5 20 --limit-queries 200",
@@ -225,7 +225,7 @@ def say_what_it_is(args, table, runs):
              f"classes 1-100 and 101-200 hold 2990 and 3043, embedding unstated, here 128"
              f"{'' if args.matched else ', est, act and hm 512'})"]
     content |= {"title": "; ".join([*title, content["title"]]), "evaluation": content["command"],
-                "command": shlex.join(["python", "results/cub2010.py", *own_flags(args)])}
+                "command": shlex.join(["python", "results/cub2010.py", *own_flags(args, runs)])}
     markdown = evaluator.table_markdown(content)
     path.with_suffix(".json").write_text(json.dumps(content, indent=1))
     path.with_suffix(".md").write_text(markdown)
@@ -310,9 +310,10 @@ def draw_costs(content, path):
     pyplot.close(figure)
 
 
-def own_flags(args):
-    """The flags of this call that decide the result."""
-    words = ["--matched"] * args.matched + ["--methods", *args.methods, "--seeds", *args.seeds]
+def own_flags(args, runs):
+    """The flags of a call that makes what `runs` are shown in."""
+    words = ["--matched"] * args.matched + ["--methods", *dict.fromkeys(runs.values()),
+                                            "--seeds", *args.seeds]
     words += ["--image-size", args.image_size, "--epochs", args.epochs]
     words += ["--attack-steps", args.attack_steps] if args.attack_steps else []
     return [*map(str, words), *["--amp"] * args.amp, "--device",
