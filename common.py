@@ -69,7 +69,7 @@ def seed_torch(seed: int, epoch: int, purpose: int, index: int = 0) -> None:
     torch.manual_seed(int(random_stream(seed, epoch, purpose, index).integers(2**62)))
 
 
-CHANNELS_LAST = torch.channels_last              # memory layout: convolutions are twice as fast
+CHANNELS_LAST = torch.channels_last              # memory layout: faster convolutions
 
 
 # ---- data ------------------------------------------------------------------------------------
@@ -926,7 +926,7 @@ def eval_mode(*models):
 def frozen(*models):
     """eval_mode, and parameters that need no gradient: the state in which attacks are crafted.
 
-    Attacks only need input gradients; not preparing the others saves a third of the time.
+    Attacks only need input gradients; not preparing the others saves time.
     """
     parameters = [parameter for model in models if isinstance(model, nn.Module)
                   for parameter in model.parameters() if parameter.requires_grad]

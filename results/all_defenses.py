@@ -39,8 +39,8 @@ DEFENSES = {                                    # name of the run: what trains i
     "hm-softhard-lga-ics": "hardness_manipulation.py --ics",
 }
 # Matched: the same network, embedding, epochs, images per step and attack; results/count_passes.py
-# counts what that costs. The learning rate, and the epochs without an attack that triplets need
-# when they start from random numbers, stay the method's own.
+# counts what that costs. The learning rate stays the method's own; triplets get BENIGN epochs
+# without an attack first.
 MATCHED = ("--arch convnet --embedding-dim 64 --epochs 16 --batch-size 30 --eps 8/255 "
            "--step-size 2/255 --attack-steps 4 --plain-epochs 0")
 BENIGN = 8
