@@ -240,7 +240,7 @@ def write_costs(args, runs):
     ers = {row["name"].split()[0]: row["attacked"]["ERS"][0]
            for row in (json.loads(ers.read_text())["rows"] if ers.exists() else [])
            if "ERS" in row["attacked"]}
-    content = {"command": table["command"], "table": f"{args.name}.json", "rows": []}
+    content = {"command": table["command"], "table": f"{args.name}.json", "start": None, "rows": []}
     for method in dict.fromkeys(runs.values()):
         own = [ROOT / run for run in runs if runs[run] == method]
         logs = [[json.loads(line) for line in open(run / "log.jsonl")] for run in own]
@@ -260,6 +260,9 @@ def write_costs(args, runs):
             "peak_gb": max(run["peak_gb"] for run in done),
             "clean": score["clean"]["R@1"][0], "attacked": score["attacked"]["R@1"][0],
             "ERS": ers.get(name)})
+        start = done[0].get("undefended")                    # the network before any training
+        if start and start["epochs"] == 0:
+            content["start"] = {"clean": start["clean"]["R@1"], "attacked": start["robust"][0]["R@1"]}
     path = ROOT / "results" / f"{args.name}-cost"
     path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
     path.with_suffix(".md").write_text(cost_markdown(content))
@@ -282,6 +285,9 @@ def cost_markdown(content):
               f"| {100 * row['attacked']:.1f} "
               f"| {'-' if row['ERS'] is None else format(row['ERS'], '.1f')} |"
               for row in content["rows"]]
+    if content["start"]:
+        lines.append(f"| not trained |{' - |' * 5} {100 * content['start']['clean']:.1f} | "
+                     f"{100 * content['start']['attacked']:.1f} | - |")
     return "\n".join(lines) + "\n"
 
 
@@ -304,6 +310,10 @@ def draw_costs(content, path):
             panel.plot(*point, "o", color="C0")
             panel.annotate(row["method"], point, xytext=(4, 4), textcoords="offset points",
                            fontsize=8)
+        if content["start"] and label.split()[0] in content["start"]:
+            panel.axhline(100 * content["start"][label.split()[0]], color="0.6", linestyle=":",
+                          label="not trained")
+            panel.legend(fontsize=8)
         panel.set(xscale="log", xlabel="seconds of training", ylabel=label)
         panel.margins(x=0.25, y=0.15)
     figure.savefig(path, dpi=110)
