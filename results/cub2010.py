@@ -262,7 +262,8 @@ def write_costs(args, runs):
             "ERS": ers.get(name)})
         start = done[0].get("undefended")                    # the network before any training
         if start and start["epochs"] == 0:
-            content["start"] = {"clean": start["clean"]["R@1"], "attacked": start["robust"][0]["R@1"]}
+            content["start"] = {"clean": start["clean"]["R@1"],
+                                "attacked": start["robust"][0]["R@1"]}
     path = ROOT / "results" / f"{args.name}-cost"
     path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
     path.with_suffix(".md").write_text(cost_markdown(content))
@@ -276,8 +277,8 @@ def cost_markdown(content):
     env = content["rows"][0]["env"]
     machine = env["device_name"] if env["device"] == "cuda" else f"{env['threads']} CPU cores"
     lines = [f"Training on {machine}, what it costs and the Recall@1 that it reaches "
-             f"({content['table']}; ensembles vote; ERS: -ers). Passes: forward and back of an image in an "
-             f"epoch, T attack steps. Made by `{content['command']}`.", "",
+             f"({content['table']}; ensembles vote; ERS: -ers). Passes: forward and back of an image "
+             f"in an epoch, T attack steps. Made by `{content['command']}`.", "",
              "| | passes | epochs | seconds per epoch | images/s | peak GB | clean R@1 | attacked "
              "R@1 | ERS |", "|---" + "|---:" * 8 + "|"]
     lines += [f"| {row['method']} | {row['passes']} | {row['epochs']} | {row['epoch_seconds']:.0f} "
