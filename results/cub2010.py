@@ -277,18 +277,16 @@ def cost_markdown(content):
     env = content["rows"][0]["env"]
     machine = env["device_name"] if env["device"] == "cuda" else f"{env['threads']} CPU cores"
     lines = [f"Training on {machine}, what it costs and the Recall@1 that it reaches "
-             f"({content['table']}; ensembles vote; ERS: -ers). Passes: forward and back of an image "
-             f"in an epoch, T attack steps. Made by `{content['command']}`.", "",
+             f"({content['table']}; ensembles vote). Passes: forward and back of an image in an "
+             f"epoch, T attack steps. Made by `{content['command']}`.", "",
              "| | passes | epochs | seconds per epoch | images/s | peak GB | clean R@1 | attacked "
-             "R@1 | ERS |", "|---" + "|---:" * 8 + "|"]
+             "R@1 |", "|---" + "|---:" * 7 + "|"]
     lines += [f"| {row['method']} | {row['passes']} | {row['epochs']} | {row['epoch_seconds']:.0f} "
               f"| {row['images_per_second']:.1f} | {row['peak_gb']:.2f} | {100 * row['clean']:.1f} "
-              f"| {100 * row['attacked']:.1f} "
-              f"| {'-' if row['ERS'] is None else format(row['ERS'], '.1f')} |"
-              for row in content["rows"]]
+              f"| {100 * row['attacked']:.1f} |" for row in content["rows"]]
     if content["start"]:
         lines.append(f"| not trained |{' - |' * 5} {100 * content['start']['clean']:.1f} | "
-                     f"{100 * content['start']['attacked']:.1f} | - |")
+                     f"{100 * content['start']['attacked']:.1f} |")
     return "\n".join(lines) + "\n"
 
 

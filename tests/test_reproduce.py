@@ -246,11 +246,12 @@ def test_a_cost_table_has_the_measured_seconds_and_memory(tmp_path, monkeypatch)
     markdown = (tmp_path / "results/cub2010-cost.md").read_text()
     assert cub2010.cost_markdown(content) == markdown
     assert markdown in (tmp_path / "page.md").read_text()
-    assert "| at | 1 T + 3 | 3 | 20 | 30.0 | 1.25 | 50.0 | 25.0 | - |" in markdown
-    assert "| eat | 3 T + 7 | 3 | 20 | 30.0 | 1.25 | 50.0 | 25.0 | 12.5 |" in markdown
-    assert "2 CPU cores" in markdown and "| not trained | - | - | - | - | - | 20.0 | 3.0 | - |" in \
+    assert "| at | 1 T + 3 | 3 | 20 | 30.0 | 1.25 | 50.0 | 25.0 |" in markdown
+    assert "| eat | 3 T + 7 | 3 | 20 | 30.0 | 1.25 | 50.0 | 25.0 |" in markdown
+    assert "2 CPU cores" in markdown and "| not trained | - | - | - | - | - | 20.0 | 3.0 |" in \
         markdown
     assert [row["training_seconds"] for row in content["rows"]] == [60, 60]
+    assert [row["ERS"] for row in content["rows"]] == [None, 12.5]
     assert (tmp_path / "results/cub2010-cost.png").stat().st_size > 1000
 
 
