@@ -6,7 +6,7 @@
     python results/all_defenses.py --print          # only show the commands
 
 Trains what is missing (runs/), attacks what is missing (results.json of each run) and writes
-results/all-defenses-glyphs.{md,json} or results/matched-defenses-glyphs.{md,json}. Interrupt it
+results/all-defenses-glyphs.{md,json} or results/matched-defenses-glyphs.{md,json,png}. Interrupt it
 and start it again at any time: epochs, and attacks that are stored, are not repeated.
 """
 
@@ -84,12 +84,37 @@ def main():
         for _ in pool.map(lambda job: [run_command(command) for command in job], jobs):
             pass
     run_command(last)
+    if args.matched:
+        draw_costs(ROOT / "results" / table)
 
 
 def checked(run):
     """Whether this run has its checks; what they warn of stands in the table."""
     path = ROOT / run / "results.json"
     return path.exists() and bool(json.loads(path.read_text()).get("checks"))
+
+
+def draw_costs(table):
+    """Recall@1 and ERS of the defenses against seconds of training, out of the table's JSON."""
+    import matplotlib
+    matplotlib.use("Agg")                                    # files alone, no window
+    from matplotlib import pyplot
+    rows = [row for row in json.loads(table.with_suffix(".json").read_text())["rows"]
+            if "ERS" in row["attacked"]]                     # a single network's, or "distance"
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for panel, side, score, scale in zip(panels, ("clean", "attacked"), ("R@1", "ERS"), (100, 1)):
+        for row in rows:
+            mean, deviation = row[side][score]
+            seconds = float(row["beside"]["seconds"])
+            panel.errorbar(seconds, scale * mean, scale * deviation, fmt="o", color="C0")
+            name = row["name"].removeprefix("matched-").replace("-glyphs-convnet", "")
+            panel.annotate(name.removesuffix(" distance"), (seconds, scale * mean), xytext=(4, 4),
+                           textcoords="offset points", fontsize=8)
+        panel.set(xscale="log", xlabel="seconds of training",
+                  ylabel="clean Recall@1 in %" if side == "clean" else score)
+        panel.margins(x=0.2, y=0.15)
+    figure.savefig(table.with_suffix(".png"), dpi=110)
+    pyplot.close(figure)
 
 
 def run_command(command):
