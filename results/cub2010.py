@@ -255,15 +255,14 @@ def write_costs(args, runs):
             "epoch_seconds": statistics.median(line["seconds"] for log in logs for line in log),
             "training_seconds": statistics.mean(sum(line["seconds"] for line in log)
                                                 for log in logs),
-            "images_per_second": statistics.median(line["images_per_second"] for log in logs
-                                                   for line in log),
             "peak_gb": max(run["peak_gb"] for run in done),
             "clean": score["clean"]["R@1"][0], "attacked": score["attacked"]["R@1"][0],
             "ERS": ers.get(name)})
         start = done[0].get("undefended")                    # the network before any training
-        if start and start["epochs"] == 0:
-            content["start"] = {"clean": start["clean"]["R@1"],
-                                "attacked": start["robust"][0]["R@1"]}
+        attacked = [entry["R@1"] for entry in (start or {"robust": []})["robust"]
+                    if entry["protocol"] == "clustering"]
+        if attacked and start["epochs"] == 0:
+            content["start"] = {"clean": start["clean"]["R@1"], "attacked": attacked[0]}
     path = ROOT / "results" / f"{args.name}-cost"
     path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
     path.with_suffix(".md").write_text(cost_markdown(content))
@@ -279,13 +278,13 @@ def cost_markdown(content):
     lines = [f"Training on {machine}, what it costs and the Recall@1 that it reaches "
              f"({content['table']}; ensembles vote). Passes: forward and back of an image in an "
              f"epoch, T attack steps. Made by `{content['command']}`.", "",
-             "| | passes | epochs | seconds per epoch | images/s | peak GB | clean R@1 | attacked "
-             "R@1 |", "|---" + "|---:" * 7 + "|"]
+             "| | passes | epochs | seconds per epoch | peak GB | clean R@1 | attacked R@1 |",
+             "|---" + "|---:" * 6 + "|"]
     lines += [f"| {row['method']} | {row['passes']} | {row['epochs']} | {row['epoch_seconds']:.0f} "
-              f"| {row['images_per_second']:.1f} | {row['peak_gb']:.2f} | {100 * row['clean']:.1f} "
-              f"| {100 * row['attacked']:.1f} |" for row in content["rows"]]
+              f"| {row['peak_gb']:.2f} | {100 * row['clean']:.1f} | {100 * row['attacked']:.1f} |"
+              for row in content["rows"]]
     if content["start"]:
-        lines.append(f"| not trained |{' - |' * 5} {100 * content['start']['clean']:.1f} | "
+        lines.append(f"| not trained |{' - |' * 4} {100 * content['start']['clean']:.1f} | "
                      f"{100 * content['start']['attacked']:.1f} |")
     return "\n".join(lines) + "\n"
 
