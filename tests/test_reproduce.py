@@ -227,10 +227,10 @@ def test_a_cost_table_has_the_measured_seconds_and_memory(tmp_path, monkeypatch)
         (tmp_path / run).mkdir(parents=True)
         (tmp_path / run / "log.jsonl").write_text("".join(
             json.dumps({"seconds": seconds}) + "\n" for seconds in (30.0, 10.0, 20.0)))
+        start = {"epochs": 0, "clean": {"R@1": 0.2}, "robust": [
+            {"protocol": "template", "R@1": 0.01}, {"protocol": "clustering", "R@1": 0.03}]}
         (tmp_path / run / "results.json").write_text(json.dumps(
-            {"peak_gb": 1.25, "env": env, "undefended": {
-                "epochs": 0, "clean": {"R@1": 0.2}, "robust": [{"protocol": "template", "R@1": 0.01},
-                                                               {"protocol": "clustering", "R@1": 0.03}]}}))
+            {"peak_gb": 1.25, "env": env, "undefended": start}))
     (tmp_path / "results").mkdir()
     rows = [{"name": name, "clean": {"R@1": [0.5, None]}, "attacked": {"R@1": [0.25, None]}}
             for name in ("at-cub2010-mobilenetv2", "eat-cub2010-mobilenetv2 member_1",
