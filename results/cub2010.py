@@ -96,7 +96,8 @@ def parse_args(argv=None):
     parser.add_argument("--weights", default="mobilenet_v2_imagenet_features.pth")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp", action="store_true", help="bfloat16 in training")
-    parser.add_argument("--into", metavar="FILE", help="put the tables into this Markdown, too")
+    parser.add_argument("--into", metavar="FILE",
+                        help="put the tables into this Markdown, too, where it has their lines")
     parser.add_argument("--print", action="store_true", help="show the commands and run none")
     args = parser.parse_args(argv)
     on_gpu = args.device.startswith("cuda") or args.device == "auto" and torch.cuda.is_available()
@@ -230,7 +231,12 @@ def say_what_it_is(args, table, runs):
     markdown = evaluator.table_markdown(content)
     path.with_suffix(".json").write_text(json.dumps(content, indent=1))
     path.with_suffix(".md").write_text(markdown)
-    if args.into:
+    insert(args, table, markdown)
+
+
+def insert(args, table, markdown):
+    """Put a table into the page of --into, if the page has a place for it."""
+    if args.into and f"<!-- results/{table}.md -->" in (ROOT / args.into).read_text():
         evaluator.insert_table(ROOT / args.into, f"results/{table}", markdown)
 
 
@@ -267,8 +273,7 @@ def write_costs(args, runs):
     path = ROOT / "results" / f"{args.name}-cost"
     path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
     path.with_suffix(".md").write_text(cost_markdown(content))
-    if args.into:
-        evaluator.insert_table(ROOT / args.into, f"results/{path.name}", cost_markdown(content))
+    insert(args, path.name, cost_markdown(content))
     draw_costs(content, path.with_suffix(".png"))
 
 
