@@ -8,6 +8,7 @@ typed: a comparison holds when the difference exceeds the two standard deviation
 together, fails when it does so in the other direction, and is open in between, or for one seed.
 """
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -152,6 +153,7 @@ attack has halved Recall@1.
 """
 
 
+@functools.cache
 def content(table):
     """What results/TABLE.json holds."""
     return json.loads((RESULTS / f"{table}.json").read_text())
