@@ -13,7 +13,7 @@ cub2010-template, the cost of training as cub2010-cost.{md,json,png} and the swe
 cub2010-figures/ (with --matched: matched-cub2010 ...). When the minutes of --budget are over it
 starts nothing new and stops a run at its last epoch. With a GPU: 224 pixels. Without: 64 pixels,
 few epochs and attack steps, small subsets; on 2 CPU cores eleven methods took 79 minutes to train
-(results/cub2010-cost.json), and all attacks take longer than that.
+(results/cub2010-cost.json), the attacks not included.
 """
 
 import argparse
