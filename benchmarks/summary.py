@@ -82,9 +82,11 @@ def metrics(result):
         *target("Recall@1 and mAP@R at SOP size in at most half the time",
                 {size: row["time_ratio"] for size, row in sop.items()},
                 lambda value: value <= 0.5),
-        *target("a fifth of the memory at SOP size", {size: row["memory_ratio"] for size, row in sop.items()},
+        *target("a fifth of the memory at SOP size",
+                {size: row["memory_ratio"] for size, row in sop.items()},
                 lambda value: value <= 0.2),
-        *target("peak at SOP size below 1.5 GB", {size: row["ours"]["peak_gb"] for size, row in sop.items()},
+        *target("peak at SOP size below 1.5 GB",
+                {size: row["ours"]["peak_gb"] for size, row in sop.items()},
                 lambda value: value < 1.5),
         *target("NMI at CUB size no slower", nmi, lambda value: value <= 1)]
 

@@ -300,23 +300,20 @@ def draw_costs(content, path):
     import matplotlib
     matplotlib.use("Agg")                                    # files alone, no window
     from matplotlib import pyplot
-    shown = {"clean Recall@1 in %": {row["method"]: 100 * row["clean"] for row in content["rows"]},
-             "attacked Recall@1 in %": {row["method"]: 100 * row["attacked"]
-                                        for row in content["rows"]},
-             "ERS": {row["method"]: row["ERS"] for row in content["rows"]
-                     if row["ERS"] is not None}}
-    shown = {label: values for label, values in shown.items() if values}
-    figure, panels = pyplot.subplots(1, len(shown), figsize=(4.5 * len(shown), 3.6),
+    start = content["start"] or {}
+    sides = {"clean": ("clean Recall@1 in %", 100), "attacked": ("attacked Recall@1 in %", 100)}
+    if any(row["ERS"] is not None for row in content["rows"]):
+        sides["ERS"] = "ERS", 1
+    figure, panels = pyplot.subplots(1, len(sides), figsize=(4.5 * len(sides), 3.6),
                                      layout="constrained")
-    for panel, (label, values) in zip(panels, shown.items()):
-        for row in (row for row in content["rows"] if row["method"] in values):
-            point = row["training_seconds"], values[row["method"]]
+    for panel, (side, (label, scale)) in zip(panels, sides.items()):
+        for row in (row for row in content["rows"] if row[side] is not None):
+            point = row["training_seconds"], scale * row[side]
             panel.plot(*point, "o", color="C0")
             panel.annotate(row["method"], point, xytext=(4, 4), textcoords="offset points",
                            fontsize=8)
-        if content["start"] and label.split()[0] in content["start"]:
-            panel.axhline(100 * content["start"][label.split()[0]], color="0.6", linestyle=":",
-                          label="not trained")
+        if side in start:
+            panel.axhline(scale * start[side], color="0.6", linestyle=":", label="not trained")
             panel.legend(fontsize=8)
         panel.set(xscale="log", xlabel="seconds of training", ylabel=label)
         panel.margins(x=0.25, y=0.15)
