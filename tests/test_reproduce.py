@@ -261,3 +261,18 @@ def test_every_cost_table_is_its_json(path):
     content = json.loads(path.read_text())
     assert cub2010.cost_markdown(content) == path.with_suffix(".md").read_text()
     assert (path.parent / content["table"]).exists()
+
+
+def test_seconds_and_passes_are_added_up_over_the_epochs_without_and_with_the_attack(tmp_path,
+                                                                                     monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "results")
+    counter = load("count_passes")
+    monkeypatch.setattr(counter, "ROOT", tmp_path)
+    monkeypatch.setattr(counter, "count", lambda command, epochs: (
+        (10, [5.0]) if "--epochs 1" in epochs else (30, [1.0, 3.0])))
+    (tmp_path / "results").mkdir()
+    counter.main()
+    rows = (tmp_path / "results/matched-passes.csv").read_text().splitlines()
+    assert rows[0] == "row,passes,seconds"
+    assert f"matched-at-glyphs-convnet,{10 + 15 * 20},{1 + 15 * 3}" in rows     # radius 0 at first
+    assert f"matched-est-glyphs-convnet distance,{9 * 10 + 7 * 20},{9 * 1 + 7 * 3}" in rows
