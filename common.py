@@ -683,7 +683,7 @@ def load_batches(dataset: ImageSet, batches, seed: int = 0, epoch: int = 0, *, a
     with ThreadPoolExecutor(workers) as pool:
         # Each of these threads would compute with as many of its own. With more of them than cores
         # the network took twice the time (results/benchmarks-loading-convnet-32-cpu-before.json).
-        threads, started = torch.get_num_threads(), Barrier(workers + 1)
+        threads, started = torch.get_num_threads(), Barrier(workers + 1, timeout=60)
 
         def start():
             torch.get_num_threads()                        # the first call sets it, to `threads`
