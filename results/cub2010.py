@@ -13,7 +13,7 @@ ERS as cub2010-ers, attacked queries as cub2010-template, the cost of training a
 cub2010-cost.{md,json,png} and the sweeps as cub2010-figures/ (with --matched: matched-cub2010 ...).
 When the minutes of --budget are over it starts nothing new and stops a run at its last epoch. With
 a GPU: 224 pixels. Without: 64 pixels, few epochs and attack steps, small subsets; on 2 CPU cores
-fifteen methods took 129 minutes to train (results/cub2010-cost.json), the attacks not included.
+fifteen methods took 119 minutes to train (results/cub2010-cost.json), the attacks not included.
 """
 
 import argparse
@@ -251,7 +251,7 @@ def write_costs(args, runs):
     ers = {row["name"].split()[0]: row["attacked"]["ERS"][0]
            for row in (json.loads(ers.read_text())["rows"] if ers.exists() else [])
            if "ERS" in row["attacked"]}
-    content = {"command": table["command"], "table": f"{args.name}.json", "start": None, "rows": []}
+    content = {"command": table["command"], "table": f"{args.name}.json", "starts": {}, "rows": []}
     for method in dict.fromkeys(runs.values()):
         own = [ROOT / run for run in runs if runs[run] == method]
         logs = [[json.loads(line) for line in open(run / "log.jsonl")] for run in own]
@@ -273,7 +273,8 @@ def write_costs(args, runs):
         attacked = [entry["R@1"] for entry in (start or {"robust": []})["robust"]
                     if entry["protocol"] == "clustering"]
         if attacked and start["epochs"] == 0:
-            content["start"] = {"clean": start["clean"]["R@1"], "attacked": attacked[0]}
+            content["starts"][str(done[0]["embedding_dim"])] = {
+                "clean": start["clean"]["R@1"], "attacked": attacked[0]}
     path = ROOT / "results" / f"{args.name}-cost"
     path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
     path.with_suffix(".md").write_text(cost_markdown(content))
@@ -293,9 +294,8 @@ def cost_markdown(content):
     lines += [f"| {row['method']} | {row['passes']} | {row['epochs']} | {row['epoch_seconds']:.0f} "
               f"| {row['peak_gb']:.2f} | {100 * row['clean']:.1f} | {100 * row['attacked']:.1f} |"
               for row in content["rows"]]
-    if content["start"]:
-        lines.append(f"| not trained |{' - |' * 4} {100 * content['start']['clean']:.1f} | "
-                     f"{100 * content['start']['attacked']:.1f} |")
+    lines += [f"| not trained, embedding {dim} |{' - |' * 4} {100 * start['clean']:.1f} | "
+              f"{100 * start['attacked']:.1f} |" for dim, start in content["starts"].items()]
     return "\n".join(lines) + "\n"
 
 
@@ -304,23 +304,27 @@ def draw_costs(content, path):
     import matplotlib
     matplotlib.use("Agg")                                    # files alone, no window
     from matplotlib import pyplot
-    start = content["start"] or {}
     sides = {"clean": ("clean Recall@1 in %", 100), "attacked": ("attacked Recall@1 in %", 100)}
     if any(row["ERS"] is not None for row in content["rows"]):
         sides["ERS"] = "ERS", 1
-    figure, panels = pyplot.subplots(1, len(sides), figsize=(4.5 * len(sides), 3.6),
+    figure, panels = pyplot.subplots(1, len(sides), figsize=(4.5 * len(sides), 4.2),
                                      layout="constrained")
     for panel, (side, (label, scale)) in zip(panels, sides.items()):
-        for row in (row for row in content["rows"] if row[side] is not None):
+        shown = sorted((row for row in content["rows"] if row[side] is not None),
+                       key=lambda row: row["training_seconds"])
+        for place, row in enumerate(shown):                  # neighbours' names to four sides
             point = row["training_seconds"], scale * row[side]
-            panel.plot(*point, "o", color="C0")
-            panel.annotate(row["method"], point, xytext=(4, 4), textcoords="offset points",
-                           fontsize=8)
-        if side in start:
-            panel.axhline(scale * start[side], color="0.6", linestyle=":", label="not trained")
-            panel.legend(fontsize=8)
+            right, up = place % 4 in (0, 3), place % 2 == 0
+            panel.plot(*point, "o", markersize=4, color="C0")
+            panel.annotate(row["method"], point, xytext=(4 if right else -4, 3 if up else -9),
+                           textcoords="offset points", ha="left" if right else "right", fontsize=7)
+        for dim, start in content["starts"].items() if side != "ERS" else ():
+            panel.axhline(scale * start[side], color="0.6", linestyle=":")
+            panel.annotate(f"not trained, {dim}", (1, scale * start[side]), xytext=(-2, 2),
+                           xycoords=panel.get_yaxis_transform(), textcoords="offset points",
+                           ha="right", fontsize=8, color="0.4")
         panel.set(xscale="log", xlabel="seconds of training", ylabel=label)
-        panel.margins(x=0.25, y=0.15)
+        panel.margins(x=0.3, y=0.12)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

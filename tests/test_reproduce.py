@@ -230,7 +230,7 @@ def test_a_cost_table_has_the_measured_seconds_and_memory(tmp_path, monkeypatch)
         start = {"epochs": 0, "clean": {"R@1": 0.2}, "robust": [
             {"protocol": "template", "R@1": 0.01}, {"protocol": "clustering", "R@1": 0.03}]}
         (tmp_path / run / "results.json").write_text(json.dumps(
-            {"peak_gb": 1.25, "env": env, "undefended": start}))
+            {"peak_gb": 1.25, "env": env, "undefended": start, "embedding_dim": 128}))
     (tmp_path / "results").mkdir()
     rows = [{"name": name, "clean": {"R@1": [0.5, None]}, "attacked": {"R@1": [0.25, None]}}
             for name in ("at-cub2010-mobilenetv2", "eat-cub2010-mobilenetv2 member_1",
@@ -248,8 +248,8 @@ def test_a_cost_table_has_the_measured_seconds_and_memory(tmp_path, monkeypatch)
     assert markdown in (tmp_path / "page.md").read_text()
     assert "| at | 1 T + 3 | 3 | 20 | 1.25 | 50.0 | 25.0 |" in markdown
     assert "| eat | 3 T + 7 | 3 | 20 | 1.25 | 50.0 | 25.0 |" in markdown
-    assert "2 CPU cores" in markdown and "| not trained | - | - | - | - | 20.0 | 3.0 |" in \
-        markdown
+    assert "2 CPU cores" in markdown and \
+        "| not trained, embedding 128 | - | - | - | - | 20.0 | 3.0 |" in markdown
     assert [row["training_seconds"] for row in content["rows"]] == [60, 60]
     assert [row["ERS"] for row in content["rows"]] == [None, 12.5]
     assert (tmp_path / "results/cub2010-cost.png").stat().st_size > 1000
