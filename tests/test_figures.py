@@ -203,8 +203,7 @@ def test_a_member_alone_scores_like_a_run_of_this_member(options, runs, tmp_path
 
 # ---- pictures of an attack
 
-@pytest.mark.parametrize("protocol", ["clustering", "template"])
-@pytest.mark.parametrize("has_gallery", [False, True])
+@pytest.mark.parametrize("protocol, has_gallery", [("clustering", False), ("template", True)])
 def test_the_sheet_shows_the_attacked_images_and_their_neighbours(protocol, has_gallery, runs, plt,
                                                                   monkeypatch):
     whole = evaluator.open_run

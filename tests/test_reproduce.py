@@ -223,14 +223,14 @@ def test_a_cost_table_has_the_measured_seconds_and_memory(tmp_path, monkeypatch)
     args = cub2010.parse_args(["--device", "cpu", "--into", "page.md"])
     runs = {cub2010.run_of(args, method, 0): method for method in ("at", "eat")}
     env = {"device": "cpu", "threads": 2, "device_name": "some"}
-    for run in runs:
+    for run, dim, untrained in zip(runs, (128, 512), (0.2, 0.25)):
         (tmp_path / run).mkdir(parents=True)
         (tmp_path / run / "log.jsonl").write_text("".join(
             json.dumps({"seconds": seconds}) + "\n" for seconds in (30.0, 10.0, 20.0)))
-        start = {"epochs": 0, "clean": {"R@1": 0.2}, "robust": [
+        start = {"epochs": 0, "clean": {"R@1": untrained}, "robust": [
             {"protocol": "template", "R@1": 0.01}, {"protocol": "clustering", "R@1": 0.03}]}
         (tmp_path / run / "results.json").write_text(json.dumps(
-            {"peak_gb": 1.25, "env": env, "undefended": start, "embedding_dim": 128}))
+            {"peak_gb": 1.25, "env": env, "undefended": start, "embedding_dim": dim}))
     (tmp_path / "results").mkdir()
     rows = [{"name": name, "clean": {"R@1": [0.5, None]}, "attacked": {"R@1": [0.25, None]}}
             for name in ("at-cub2010-mobilenetv2", "eat-cub2010-mobilenetv2 member_1",
@@ -248,8 +248,9 @@ def test_a_cost_table_has_the_measured_seconds_and_memory(tmp_path, monkeypatch)
     assert markdown in (tmp_path / "page.md").read_text()
     assert "| at | 1 T + 3 | 3 | 20 | 1.25 | 50.0 | 25.0 |" in markdown
     assert "| eat | 3 T + 7 | 3 | 20 | 1.25 | 50.0 | 25.0 |" in markdown
-    assert "2 CPU cores" in markdown and \
-        "| not trained, embedding 128 | - | - | - | - | 20.0 | 3.0 |" in markdown
+    assert "2 CPU cores" in markdown
+    assert "| not trained, embedding 128 | - | - | - | - | 20.0 | 3.0 |" in markdown
+    assert "| not trained, embedding 512 | - | - | - | - | 25.0 | 3.0 |" in markdown
     assert [row["training_seconds"] for row in content["rows"]] == [60, 60]
     assert [row["ERS"] for row in content["rows"]] == [None, 12.5]
     assert (tmp_path / "results/cub2010-cost.png").stat().st_size > 1000
