@@ -7,6 +7,7 @@ A target is met or missed by the stored figure, never by hand.
 """
 
 import json
+import math
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -16,106 +17,82 @@ Written by `python benchmarks/summary.py` out of `results/benchmarks-*.json`; wh
 stands in [benchmarks/README.md](../benchmarks/README.md). Ratios carry over to other machines,
 absolute times do not.
 """
-HELD = ("eat", "at", "panum", "hm")            # the defenses with a target
+TITLES = {
+    "train_step": "Training step: {rows[0][arch]}, {rows[0][image_size]} px, {recipe} recipe",
+    "attack": "`pgd` against torchattacks: {rows[0][arch]}, {rows[0][image_size]} px",
+    "metrics": "Metrics against {peer}",
+    "loading": "Loading: {arch}, {image_size} px, {workers} workers"}
+RATES = ("{images} JPEGs of {photo[1]} x {photo[0]} pixels ({jpeg_kb:.0f} KB), images per second: "
+         "first epoch {first_images_per_second:.0f}, later {later_images_per_second:.0f}, "
+         "without the cache {uncached_images_per_second:.0f}.")
+# The head of every column, and how a row fills it.
+COLUMNS = {
+    "train_step": {
+        "defense": "`{defense}`", "images": "{images}", "attack steps": "{attack_steps}",
+        "images/s": "{images_per_second:.0f}", "step ms": "{step_ms:.1f}",
+        "bare passes ms": "{bare_ms:.1f}", "efficiency": "{efficiency:.2f}",
+        "usual step ms": "{field_ms:.1f}", "speedup": "{speedup:.2f}", "peak GB": "{peak_gb:.2f}"},
+    "attack": {
+        "steps": "{steps}", "images": "{batch_size}", "pgd ms": "{pgd_ms:.1f}",
+        "torchattacks ms": "{torchattacks_ms:.1f}", "torchattacks / pgd": "{ratio:.3f}",
+        "equal pixels": "{equal:.4f}", "largest difference": "{largest_difference:.0e}"},
+    "metrics": {
+        "size": "{size}, {images} x {dim}", "task": "{task}", "ours s": "{ours[seconds]:.2f}",
+        "peer s": "{peer[seconds]:.2f}", "time, ours / peer": "{time_ratio:.2f}",
+        "ours peak GB": "{ours[peak_gb]:.2f}", "peer peak GB": "{peer[peak_gb]:.2f}",
+        "memory, ours / peer": "{memory_ratio:.2f}", "ours": "{ours[text]}",
+        "peer": "{peer[text]}"},
+    "loading": {
+        "defense": "`{defense}`", "batch": "{batch_size}",
+        "step with real data ms": "{real_ms:.1f}", "with a fixed batch ms": "{fixed_ms:.1f}",
+        "ratio": "{ratio:.2f}", "share spent waiting": "{blocked:.4f}"}}
+# What is promised, which rows it holds for, their name, the figure, its lowest and highest value.
+SOP = {"size": ["sop"], "task": ["retrieval"]}
+TARGETS = {
+    "train_step": [
+        ("efficiency at least 0.90", {"defense": ["eat", "at", "panum", "hm"]}, "{defense}",
+         "{efficiency}", 0.9, math.inf),
+        ("eat.py at least 2 times as fast as the usual way", {"defense": ["eat"]}, "{defense}",
+         "{speedup}", 2, math.inf)],
+    "attack": [("at least as fast", {}, "{steps} steps", "{ratio}", 1, math.inf)],
+    "metrics": [
+        ("Recall@1 and mAP@R at SOP size in at most half the time", SOP, "{size}", "{time_ratio}",
+         0, 0.5),
+        ("a fifth of the memory at SOP size", SOP, "{size}", "{memory_ratio}", 0, 0.2),
+        ("peak at SOP size below 1.5 GB", SOP, "{size}", "{ours[peak_gb]}", 0, 1.5),
+        ("NMI at CUB size no slower", {"size": ["cub"], "task": ["clustering"]}, "{size}",
+         "{time_ratio}", 0, 1)],
+    "loading": [("within a tenth of a fixed batch", {}, "{defense}", "{ratio}", 0, 1.1)]}
 
 
-def table(head, rows):
-    """Markdown; the first column is text, the others are numbers."""
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return [f"| {' | '.join(map(str, line))} |" for line in lines]
+def target(rows, promise, where, name, figure, low, high):
+    """One line: whether the figure of every row {column: values} is in range; no row: no line."""
+    held = [row for row in rows if all(row[column] in where[column] for column in where)]
+    figures = {name.format_map(row): float(figure.format_map(row)) for row in held}
+    missed = [f"{row} ({value:.3g})" for row, value in figures.items() if not low <= value <= high]
+    return [f"- {promise}: {'missed by ' + ', '.join(missed) if missed else 'met'}"] * bool(held)
 
 
-def target(text, figures, met):
-    """One line, whether met() accepts every figure {name: value}; no figures: no line."""
-    missed = [f"{name} ({value:.3g})" for name, value in figures.items() if not met(value)]
-    return [f"- {text}: {'missed by ' + ', '.join(missed) if missed else 'met'}"] * bool(figures)
-
-
-def train_step(result):
-    rows, first = result["rows"], result["rows"][0]
-    held = {row["defense"]: row["efficiency"] for row in rows if row["defense"] in HELD}
-    speedup = {row["defense"]: row["speedup"] for row in rows if row["defense"] == "eat"}
-    title = " ".join([f"Training step: {first['arch']}, {first['image_size']} px,",
-                      f"{result['recipe']} recipe", *result["flags"]])
-    return title, [
-        *table(["defense", "images", "attack steps", "images/s", "step ms", "bare passes ms",
-                "efficiency", "usual step ms", "speedup", "peak GB"],
-               [[f"`{row['defense']}`", row["images"], row["attack_steps"],
-                 f"{row['images_per_second']:.0f}", f"{row['step_ms']:.1f}",
-                 f"{row['bare_ms']:.1f}", f"{row['efficiency']:.2f}", f"{row['field_ms']:.1f}",
-                 f"{row['speedup']:.2f}", f"{row['peak_gb']:.2f}"] for row in rows]),
-        "",
-        *target("efficiency at least 0.90", held, lambda value: value >= 0.9),
-        *target("eat.py at least 2 times as fast as the usual way", speedup,
-                lambda value: value >= 2)]
-
-
-def attack(result):
-    rows = result["rows"]
-    return f"`pgd` against torchattacks: {rows[0]['arch']}, {rows[0]['image_size']} px", [
-        *table(["steps", "images", "pgd ms", "torchattacks ms", "torchattacks / pgd",
-                "equal pixels", "largest difference"],
-               [[row["steps"], row["batch_size"], f"{row['pgd_ms']:.1f}",
-                 f"{row['torchattacks_ms']:.1f}", f"{row['ratio']:.3f}", f"{row['equal']:.4f}",
-                 f"{row['largest_difference']:.0e}"] for row in rows]),
-        "",
-        *target("at least as fast",
-                {f"{row['steps']} steps": row["ratio"] for row in rows},
-                lambda value: value >= 1)]
-
-
-def metrics(result):
-    sop = {row["size"]: row for row in result["rows"]
-           if row["task"] == "retrieval" and row["size"] == "sop"}
-    nmi = {row["size"]: row["time_ratio"] for row in result["rows"]
-           if row["task"] == "clustering" and row["size"] == "cub"}
-    return f"Metrics against {result['peer']}", [
-        *table(["size", "task", "ours s", "peer s", "time, ours / peer", "ours peak GB",
-                "peer peak GB", "memory, ours / peer", "ours", "peer"],
-               [[f"{row['size']}, {row['images']} x {row['dim']}", row["task"],
-                 f"{row['ours']['seconds']:.2f}", f"{row['peer']['seconds']:.2f}",
-                 f"{row['time_ratio']:.2f}", f"{row['ours']['peak_gb']:.2f}",
-                 f"{row['peer']['peak_gb']:.2f}", f"{row['memory_ratio']:.2f}",
-                 *(", ".join(f"{name} {value:.4f}" for name, value in row[side]["scores"].items())
-                   for side in ("ours", "peer"))] for row in result["rows"]]),
-        "",
-        *target("Recall@1 and mAP@R at SOP size in at most half the time",
-                {size: row["time_ratio"] for size, row in sop.items()},
-                lambda value: value <= 0.5),
-        *target("a fifth of the memory at SOP size",
-                {size: row["memory_ratio"] for size, row in sop.items()},
-                lambda value: value <= 0.2),
-        *target("peak at SOP size below 1.5 GB",
-                {size: row["ours"]["peak_gb"] for size, row in sop.items()},
-                lambda value: value < 1.5),
-        *target("NMI at CUB size no slower", nmi, lambda value: value <= 1)]
-
-
-def loading(result):
-    rows = result["rows"]
-    return f"Loading: {result['arch']}, {result['image_size']} px, {result['workers']} workers", [
-        f"{result['images']} JPEGs of {result['photo'][1]} x {result['photo'][0]} pixels "
-        f"({result['jpeg_kb']:.0f} KB), images per second: first epoch "
-        f"{result['first_images_per_second']:.0f}, later {result['later_images_per_second']:.0f}, "
-        f"without the cache {result['uncached_images_per_second']:.0f}.",
-        "",
-        *table(["defense", "batch", "step with real data ms", "with a fixed batch ms", "ratio",
-                "share spent waiting"],
-               [[f"`{row['defense']}`", row["batch_size"], f"{row['real_ms']:.1f}",
-                 f"{row['fixed_ms']:.1f}", f"{row['ratio']:.2f}", f"{row['blocked']:.4f}"]
-                for row in rows]),
-        "",
-        *target("within a tenth of a fixed batch", {row["defense"]: row["ratio"] for row in rows},
-                lambda value: value <= 1.1)]
+def section(result):
+    """(title, lines) of one benchmark: its table, and its targets."""
+    rows = json.loads(json.dumps(result["rows"]))                        # a copy, to add a text to
+    for side in (row[library] for row in rows for library in ("ours", "peer") if library in row):
+        side["text"] = ", ".join(f"{name} {value:.4f}" for name, value in side["scores"].items())
+    name = result["benchmark"]
+    table = [COLUMNS[name], ["---"] + ["---:"] * (len(COLUMNS[name]) - 1),
+             *([form.format_map(row) for form in COLUMNS[name].values()] for row in rows)]
+    return " ".join([TITLES[name].format_map(result), *result.get("flags", [])]), [
+        *([RATES.format_map(result), ""] if name == "loading" else []),
+        *(f"| {' | '.join(cells)} |" for cells in table), "",
+        *(line for promise in TARGETS[name] for line in target(rows, *promise))]
 
 
 def text():
     """results/benchmarks.md."""
-    lines, write = [HEAD], {"train_step": train_step, "attack": attack, "metrics": metrics,
-                            "loading": loading}
+    lines = [HEAD]
     for file in sorted(RESULTS.glob("benchmarks-*.json")):
         result = json.loads(file.read_text())
-        title, body = write[result["benchmark"]](result)
+        title, body = section(result)
         old = ", before what benchmarks/README.md calls new" * file.stem.endswith("-before")
         lines += [f"## {title}{old}", "", f"On {result['machine']}, torch "
                   f"{result['versions']['torch']}, commit {result['commit'][:7]}: "

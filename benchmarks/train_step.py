@@ -3,302 +3,196 @@
 
     python benchmarks/train_step.py                                          # convnet, 32 px
     python benchmarks/train_step.py --arch mobilenetv2 --image-size 64
-    python benchmarks/train_step.py --arch mobilenetv2 --image-size 224 --device cuda --amp
 
-The step is the body of the loop in the script's own `main`, which runs here on one batch that
-stays the same. In turn with it, in the same process, on that batch, first one, then the other:
+The step is the body of the loop in the script's `main`, made of the same calls, on one batch of
+random images that stays the same. Two others take turns with it:
 
     bare    its passes alone: forward, forward and input gradient (parameters frozen), forward and
             full gradient, on as many images, in the same precision and memory layout
     field   the same step as it is usually written: `loss.backward()` in the attack, which fills
             the parameters' gradients too, NCHW, float32, and in eat.py an attack per network
 
-efficiency = bare / step and speedup = field / step, medians over the rounds. COST says which passes
-a defense needs; a step that makes others is an error. Every defense has a process of its own, whose
-peak memory before the copies for bare and field exist is in the table. Flags that are not listed
-below go to the scripts: --attack-steps 20, --batch-size 8 ...
+efficiency = bare / step, speedup = field / step. Further flags go to the script.
 """
 
 import argparse
 import contextlib
-import copy
-import io
-import json
-import multiprocessing
-import shlex
-import sys
-import tempfile
-import time
-from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
-from statistics import median
 from unittest.mock import patch
 
+import bench
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torchvision.transforms.functional import to_pil_image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import baselines  # noqa: E402
-import common  # noqa: E402
-import eat  # noqa: E402
-import hardness_manipulation  # noqa: E402
-import panum_at  # noqa: E402
+import baselines
+import common
+import eat
+import hardness_manipulation
+import panum_at
 
 SCRIPTS = {"eat": eat, "panum": panum_at, "hm": hardness_manipulation}      # else: baselines.py
-# Images through a network in a step on b images: forward, with input gradient, with full gradient.
-# T attack steps, N networks, h images that panum_at.py attacks; pairs (hm, act) are b / 2 triplets.
-COST = {
-    "eat": lambda b, T, N, h: (N * b, N * T * b, 2 * (N - 1) * b),
-    "at": lambda b, T, N, h: (b, T * b, 2 * b),
-    "panum": lambda b, T, N, h: (b, T * h, b + h),
-    "hm": lambda b, T, N, h: (b, T * (3 * b // 2), 3 * b // 2),
-    "natural": lambda b, T, N, h: (0, 0, b),
-    "mixup": lambda b, T, N, h: (0, 0, b),
-    "iat": lambda b, T, N, h: (b, T * b, 2 * b),
-    "trades": lambda b, T, N, h: (b, T * b, 2 * b),
-    "est": lambda b, T, N, h: (b, T * b, b),
-    "act": lambda b, T, N, h: (b, T * b, 3 * b // 2),
-}
-CLASSES, WARM_UP = 60, 3
+DEFENSES = ("eat", "at", "panum", "hm", *(name for name in baselines.METHODS if name != "at"))
+PAIRS = ("hm", *baselines.TRIPLET)                                          # see pairs of a class
+LABELS = torch.arange(6000) // 100                                          # 60 classes
 
 
-class Enough(Exception):
-    """Everything is measured: leave the script's main."""
+def script_args(defense, args, *words):
+    """The flags of the defense's script; the networks are not pretrained."""
+    words = ["--weights=none", f"--arch={args.arch}", f"--image-size={args.image_size}", *words]
+    method = [] if defense in SCRIPTS else ["--method", defense]
+    return SCRIPTS.get(defense, baselines).parse_args([*method, *words])
 
 
-def draw_photos(folder, size):
-    """Blurred noise, 4 images of a class: enough for the batch of every recipe."""
-    for name in [f"train/{i:02d}" for i in range(CLASSES)] + ["test/one", "test/two"]:
-        Path(folder, name).mkdir(parents=True)
-        for number in range(4):
-            image = F.interpolate(torch.rand(1, 3, 8, 8), size, mode="bilinear")[0]
-            to_pil_image(image).save(Path(folder, name, f"{number}.jpg"))
+def batches_of(defense, args, labels):
+    """The image numbers of the first epoch's batches, as in `main`."""
+    if defense in PAIRS:
+        return common.pair_batches(labels, args.batch_size, args.seed, 0)
+    more = args.members / (args.members - 1) if defense == "eat" and args.split else 1
+    return common.epoch_batches(args, labels, 0, batch_size=round(args.batch_size * more))
 
 
-def command_line(defense, arch, image_size, device, recipe, folder):
-    """The flags of the defense's script; recipe "small" is its own for generated data."""
-    script = SCRIPTS.get(defense, baselines)
-    given = {"dataset": "folder", "data_root": folder, "arch": arch, "image_size": image_size,
-             "weights": "none", "device": device, "workers": 0}
-    if recipe == "small":
-        small = baselines.SMALL_TRIPLET if defense in baselines.TRIPLET else script.SMALL
-        given |= {name: small[name] for name in ("pool", "embedding_dim", "batch_size", "eps",
-                                                 "images_per_class", "step_size", "attack_steps")
-                  if name in small}
-    words = [] if defense in SCRIPTS else ["--method", defense]
-    words += [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    return script, words + ["--dry-run"]                     # one batch, full steps, writes nothing
+def losses_of(defense, args, networks, proxies, images, labels, part, field):
+    """Every network's loss, by the calls of `main`; field: eat.py attacks for every network."""
+    network, ball = networks[0], (args.eps, args.step_size, args.attack_steps)
+    if defense == "eat":
+        flags = args.attack_loss, *ball
+        moved = None if field else eat.attack(networks, proxies, images, labels, *flags)
+        for i, (network, points) in enumerate(zip(networks, proxies)):
+            sees = (part != i).nonzero()[:, 0]
+            x, y = images[sees], labels[sees]
+            adversarial = eat.attack(networks, proxies, x, y, *flags) if field else moved[sees]
+            clean = common.proxy_anchor_loss(network(x), y, points)
+            robust = common.proxy_anchor_loss(network(adversarial), y, points)
+            yield args.beta * clean + (1 - args.beta) * robust
+    elif defense == "panum":
+        coins = common.random_stream(args.seed, 0, common.TRAIN, 1)         # every step the same
+        yield panum_at.robust_loss(
+            network, images, labels,
+            lambda count: torch.from_numpy(coins.random(count) < args.attack_rate), ball,
+            loss=args.loss, perturb=args.perturb, reg_weight=args.reg_weight)[0]
+    elif defense == "hm":
+        yield hardness_manipulation.hm_loss(
+            network, images, labels, args.source, args.destination,
+            torch.tensor(hardness_manipulation.MARGIN).to(images), ball, args.ics)[0]
+    else:
+        flags = {name: getattr(args, name) for name in baselines.OPTIONS.get(defense, ())}
+        yield baselines.METHODS[defense](network, images, labels, proxies[0], ball, **flags)[0]
 
 
-def clock(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-# ---- what a step is compared with
-
-def bare_step(passes, networks, images):
-    """Seconds of the passes [(kind, network, rows)] and of nothing else."""
-    pool, device = torch.cat([images, images]), images.device        # hm, panum: rows > images
-    inputs = {rows: pool[:rows].clone() for _, _, rows in passes}
-    above = {rows: torch.randn(rows, networks[0].head.out_features, device=device) / rows
-             for rows in inputs}
+def start(defense, args, labels, device, field=False):
+    """What `main` makes: the networks, and the body of its loop, step(images, labels, rows)."""
+    run = object.__new__(common.Run)                     # it makes networks, and opens no folder
+    run.args, run.device, run.checkpoint = args, device, None
+    run.train = argparse.Namespace(classes=labels.unique())
+    count, triplets = args.members if defense == "eat" else 1, defense in ("panum", *PAIRS)
+    split = count > 1 and args.split
+    part = common.split_by_image(labels, count, args.seed) if split else torch.full_like(labels, -1)
+    networks = [run.network(i) for i in range(count)]
+    proxies = [None if triplets else run.proxies(i) for i in range(count)]
+    optimizers = [run.adamw(*pair) if not triplets else torch.optim.Adam(
+        pair[0].parameters(), args.lr, weight_decay=args.weight_decay, foreach=True)
+        for pair in zip(networks, proxies)]
     for network in networks:
-        network.zero_grad(set_to_none=True)
-    with common.frozen(*networks):
-        started = clock(device)
-        for kind, i, rows in passes:
-            if kind == "forward":
-                with torch.no_grad():
-                    networks[i](inputs[rows])
-            elif kind == "input":
-                x = inputs[rows].detach().requires_grad_()
-                torch.autograd.grad(networks[i](x), x, above[rows])
-        seconds = clock(device) - started
-    started = clock(device)
-    for kind, i, rows in passes:
-        if kind == "full":
-            networks[i](inputs[rows]).backward(above[rows])
-    return seconds + clock(device) - started
+        common.train_mode(network, args.freeze_bn)
+        network.amp = args.amp and not field
+        network.to(memory_format=torch.contiguous_format if field else torch.channels_last)
+
+    def step(images, labels, rows):
+        losses = losses_of(defense, args, networks, proxies, images, labels, part[rows], field)
+        for loss, network, points, optimizer in zip(losses, networks, proxies, optimizers):
+            optimizer.zero_grad()
+            loss.backward()
+            if points is not None:
+                nn.utils.clip_grad_value_([*network.parameters(), points], 10)
+            optimizer.step()
+
+    return networks, step
+
+
+def repeat(passes, pool, *kinds):
+    """The passes (kind, network, images) of these kinds, and nothing else."""
+    for kind, network, number in passes:
+        if kind in kinds:
+            x = pool[:number].detach().requires_grad_(kind == "input")
+            with torch.set_grad_enabled(kind != "forward"):
+                value = network(x).sum()
+            if kind != "forward":
+                torch.autograd.grad(value, x if kind == "input" else list(network.parameters()))
 
 
 def field_pgd(objective, images, eps, step_size, steps, random_start=True, start=None):
     """common.pgd with `loss.backward()`: the parameters get gradients that nobody wants."""
-    x = images if start is None else start
-    if start is None and random_start:
-        x = images + torch.empty_like(images).uniform_(-eps, eps)
-    x = x.clamp(0, 1)
+    noise = torch.empty_like(images).uniform_(-eps, eps) if random_start else 0
+    x = (images + noise if start is None else start).clamp(0, 1)
     for _ in range(steps):
         x = x.detach().requires_grad_()
         objective(x).sum().backward()
-        shift = (x + step_size * x.grad.sign() - images).clamp(-eps, eps)
-        x = (images + shift).clamp(0, 1)
+        x = (images + (x + step_size * x.grad.sign() - images).clamp(-eps, eps)).clamp(0, 1)
     return x.detach()
 
 
-def field_losses(defense, args, networks, proxies, images, labels, passes):
-    """The loss of each network, by the script's own functions, one attack for each of them."""
-    ball = args.eps, args.step_size, args.attack_steps
-    if defense == "eat":
-        seen = {i: rows for kind, i, rows in passes if kind == "full"}
-        for i, (network, anchors) in enumerate(zip(networks, proxies)):
-            own, names = images[:seen[i]], labels[:seen[i]]
-            moved = eat.attack(networks, proxies, own, names, args.attack_loss, *ball)
-            yield eat.member_loss(network, anchors, own, moved, names, args.beta)[0]
-    elif defense == "panum":
-        hits = max(rows for _, _, rows in passes) - len(images)
-        yield panum_at.step_loss(args, networks[0], images, labels, (*ball, True),
-                                 lambda count: torch.arange(count) < hits)[0]
-    elif defense == "hm":
-        margin = torch.tensor(hardness_manipulation.MARGIN, device=images.device)
-        yield hardness_manipulation.step_loss(args, networks[0], images, labels, args.destination,
-                                              margin, ball)[0]
-    else:
-        mixture = baselines.draw_mixture(images, args.mixup_alpha)
-        target = args.source if defense in baselines.TRIPLET else proxies[0]
-        further = {"natural": (), "mixup": (*mixture, args.mixup_target), "iat": (*mixture, *ball),
-                   "at": (*ball, args.beta)}.get(defense, ball)
-        yield getattr(baselines, defense)(networks[0], images, labels, target, *further)[0]
+@contextlib.contextmanager
+def field_frozen(*models):
+    """common.frozen, but the parameters go on collecting gradients."""
+    with common.frozen(*models):
+        for model in models:
+            model.requires_grad_()
+        yield
 
 
-def field_step(script, optimizers, networks, proxies, images, losses):
-    """Seconds of the step as the field writes it."""
-    started = clock(images.device)
-    with patch.object(script, "pgd", field_pgd), patch.object(script, "frozen", common.eval_mode):
-        for network, anchors, optimizer, loss in zip(networks, proxies, optimizers, losses):
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if anchors.grad is not None:                     # a Proxy Anchor method
-                nn.utils.clip_grad_value_([*network.parameters(), anchors], 10)
-            optimizer.step()
-    return clock(images.device) - started
-
-
-# ---- measurement
-
-def measure(defense, arch, image_size, device, recipe, rounds, extra):
+def measure(defense, args, device, rounds):
     """One row of the table."""
-    made, numbers, row = [], {}, {"defense": defense, "arch": arch, "image_size": image_size}
-    seconds = {"bare": [], "field": []}                      # [(of the step, of the other)]
+    rows, passes = batches_of(defense, args, LABELS)[0], []
+    images = torch.rand(len(rows), 3, args.image_size, args.image_size)
+    batch = images.to(device, memory_format=torch.channels_last), LABELS[rows].to(device), rows
+    networks, step = start(defense, args, LABELS, device)
 
-    def counted(network, images):
-        kind = "forward" if not torch.is_grad_enabled() else \
-            "full" if network.head.weight.requires_grad else "input"
-        made.append((kind, numbers.setdefault(network, len(numbers)), len(images)))
-        return nn.Module.__call__(network, images)
+    def note(network, inputs):
+        kind = "full" if network.head.weight.requires_grad else "input"
+        passes.append((kind if torch.is_grad_enabled() else "forward", network, len(inputs[0])))
 
-    def check_passes(passes, networks, images):
-        """Images per kind of pass, in the row; they must be those of COST."""
-        done = Counter()
-        for kind, _, rows in passes:
-            done[kind] += rows
-        row["passes"] = {kind: done[kind] for kind in ("forward", "input", "full")}
-        needed = COST[defense](images, args.attack_steps, networks,
-                               done["input"] // max(args.attack_steps, 1))
-        if tuple(row["passes"].values()) != needed:
-            raise RuntimeError(f"a step of {defense} sends {row['passes']} images through its "
-                               f"networks and needs {needed}: does a flag change that?")
+    def bare():
+        with common.frozen(*networks):
+            repeat(passes, pool, "forward", "input")
+        repeat(passes, pool, "full")
 
-    def instead_of_progress(stream, *_):
-        """The loop of `main` runs over this: the first batch of the epoch, over and over."""
-        batch = next(iter(stream))
-        images, labels, _ = batch[0] if defense == "eat" else batch
-        for _ in range(min(WARM_UP, rounds)):
-            yield batch
-        row.update(peak_gb=common.peak_gb(images.device), networks=len(numbers), images=len(images))
-        networks = [copy.deepcopy(network) for network in numbers]
-        theirs = [copy.deepcopy(network).to(memory_format=torch.contiguous_format)
-                  for network in numbers]
-        for network in theirs:
-            network.amp = False
-        proxies = [common.new_proxies(args, CLASSES, images.device) for _ in theirs]
-        optimizers = [common.proxy_optimizer(args, *pair) for pair in zip(theirs, proxies)]
-        # One after the other: a step is slower right after field, whose memory has another shape.
-        for other, taken in seconds.items():
-            for _ in range(rounds + 1):
-                made.clear()
-                started = clock(images.device)
-                yield batch
-                step = clock(images.device) - started
-                passes = list(made)
-                check_passes(passes, len(networks), len(images))
-                if other == "bare":
-                    taken.append((step, bare_step(passes, networks, images)))
-                    continue
-                losses = field_losses(defense, args, theirs, proxies, images.contiguous(), labels,
-                                      passes)
-                taken.append((step, field_step(script, optimizers, theirs, proxies, images,
-                                               losses)))
-        raise Enough
+    def field():
+        script = SCRIPTS.get(defense, baselines)
+        with patch.object(script, "pgd", field_pgd), patch.object(script, "frozen", field_frozen):
+            field_step(*field_batch)
 
-    with tempfile.TemporaryDirectory() as folder:
-        draw_photos(folder, round(256 * image_size / 224))
-        script, words = command_line(defense, arch, image_size, device, recipe, folder)
-        args = script.parse_args(words + extra)
-        with patch.object(common, "progress", instead_of_progress), \
-                patch.object(common.EmbeddingModel, "__call__", counted), \
-                contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Enough):
-            script.main(args)
-    bare, field = (taken[1:] for taken in seconds.values())                  # the first: a warm-up
-    step = median(own for own, _ in bare)
-    return row | {"attack_steps": args.attack_steps, "embedding_dim": args.embedding_dim,
-                  "amp": args.amp, "images_per_second": row["images"] / step,
-                  "step_ms": 1000 * step, "bare_ms": 1000 * median(other for _, other in bare),
-                  "field_ms": 1000 * median(other for _, other in field),
-                  "efficiency": median(other / own for own, other in bare),
-                  "speedup": median(other / own for own, other in field)}
+    hooks = [network.register_forward_pre_hook(note) for network in networks]
+    step(*batch)                                         # what it sends through the networks
+    for hook in hooks:
+        hook.remove()
+    peak, pool = common.peak_gb(device), torch.cat([batch[0]] * 3)
+    step_ms, bare_ms, efficiency = bench.turns(device, rounds, lambda: step(*batch), bare)
+    # Later, because a step is slower right after field, which leaves memory of other shapes.
+    field_step = start(defense, args, LABELS, device, field=True)[1]
+    field_batch = images.to(device), *batch[1:]
+    _, field_ms, speedup = bench.turns(device, rounds, lambda: step(*batch), field)
+    return {"defense": defense, "arch": args.arch, "image_size": args.image_size, "peak_gb": peak,
+            "networks": len(networks), "images": len(rows),
+            "passes": {name: sum(number for kind, _, number in passes if kind == name)
+                       for name in ("forward", "input", "full")},
+            "attack_steps": args.attack_steps, "embedding_dim": args.embedding_dim,
+            "amp": args.amp, "images_per_second": 1000 * len(rows) / step_ms, "step_ms": step_ms,
+            "bare_ms": bare_ms, "field_ms": field_ms, "efficiency": efficiency, "speedup": speedup}
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--defenses", nargs="+", choices=tuple(COST), metavar="NAME",
-                        default=list(COST)[:4], help=f"of {', '.join(COST)} (default: four)")
-    parser.add_argument("--arch", default="convnet")
-    parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--recipe", choices=("small", "paper"), default=None,
-                        help="batch, attack and embedding: the script's for generated data "
-                             "(default on a CPU) or the paper's (default on a GPU)")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--quick", action="store_true", help="one round, all in this process")
-    parser.add_argument("--json", default=None, metavar="FILE",
-                        help="default: results/benchmarks-train-step-ARCH-SIZE-DEVICE[-amp].json")
-    args, extra = parser.parse_known_args(argv)
-    rounds, rows = 1 if args.quick else args.rounds, []
+    parser = bench.base_parser(__doc__, arch="convnet", image_size=32, rounds=20)
+    parser.add_argument("--defenses", nargs="+", choices=DEFENSES, default=DEFENSES[:4],
+                        metavar="NAME", help=f"of {', '.join(DEFENSES)} (default: four)")
+    parser.add_argument("--recipe", choices=("small", "paper"), help="batch, attack and embedding: "
+                        "of generated data (default on a CPU) or the paper's (default on a GPU)")
+    args, flags = parser.parse_known_args(argv)
     device = common.pick_device(args.device)
-    recipe = args.recipe or ("small" if device.type == "cpu" else "paper")
-    print("defense    images/s   step ms   bare ms  efficiency  field ms  speedup  peak GB")
-    for defense in args.defenses:
-        job = measure, defense, args.arch, args.image_size, str(device), recipe, rounds, extra
-        if args.quick:
-            row = job[0](*job[1:])
-        else:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                row = pool.submit(*job).result()
-        rows.append(row)
-        print(f"{defense:9} {row['images_per_second']:9.1f} {row['step_ms']:9.2f} "
-              f"{row['bare_ms']:9.2f} {row['efficiency']:11.3f} {row['field_ms']:9.2f} "
-              f"{row['speedup']:8.2f} {row['peak_gb']:8.2f}", flush=True)
-    cores = torch.get_num_threads()
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else \
-        f"{cores} CPU core{'s' * (cores > 1)}"
-    words = sys.argv[1:] if argv is None else argv
-    result = {"benchmark": "train_step",
-              "command": shlex.join(["python", "benchmarks/train_step.py", *words]),
-              "machine": machine, "recipe": recipe, "flags": extra,
-              "rounds": rounds, **common.provenance(device), "rows": rows}
-    file = Path(args.json or ROOT / "results" / f"benchmarks-train-step-{args.arch}-"
-                f"{args.image_size}-{device.type}{'-amp' * ('--amp' in extra)}.json")
-    file.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{machine}; {args.arch}, {args.image_size} px, {recipe} recipe; {file}")
-    return result
+    args.rounds = 1 if args.quick else args.rounds
+    args.recipe = args.recipe or ("small" if device.type == "cpu" else "paper")
+    words = ["--dataset", "glyphs" if args.recipe == "small" else "cub", *flags]
+    rows = (bench.call(args.quick, measure, name, script_args(name, args, *words), device,
+                       args.rounds) for name in args.defenses)
+    return bench.finish(args, argv, "train_step", ("recipe", "rounds"), rows, flags=flags)
 
 
 if __name__ == "__main__":
