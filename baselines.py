@@ -30,7 +30,6 @@ and arXiv 2106.03614 (act). Departures from the papers: docs/baselines.md.
 import argparse
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import common
@@ -97,16 +96,15 @@ def draw_mixture(images):
 def mixed_loss(model, images, labels, proxies, weight, order, target):
     """w L(F(m), y) + (1 - w) L(F(m), y'), m = w x + (1 - w) x', x' = x[order]; EAT paper, Eq. (6).
 
-    target "label": a class's label vector is its proxy, so L mixes. "embedding", the paper's own:
-    1 - cos of F(m) and w F(x) + (1 - w) F(x').
+    target "label": a class's label vector is its proxy, so L mixes. "embedding", the paper's text:
+    L with the rows w F(x) + (1 - w) F(x') as proxies, each image the positive of its own.
     """
     embeddings = model(weight * images + (1 - weight) * images[order])
     if target == "label":
         return (weight * proxy_anchor_loss(embeddings, labels, proxies)
                 + (1 - weight) * proxy_anchor_loss(embeddings, labels[order], proxies))
-    clean = model(images)
-    mixed = weight * clean + (1 - weight) * clean[order]
-    return (1 - F.cosine_similarity(embeddings, mixed)).mean()
+    clean, itself = model(images), torch.arange(len(images)).to(labels)
+    return proxy_anchor_loss(embeddings, itself, weight * clean + (1 - weight) * clean[order])
 
 
 def mixup(model, images, labels, proxies, ball, mixup_target="label"):
@@ -142,9 +140,11 @@ def trades(model, images, labels, proxies, ball, trades_lambda=6.0):
 def est(model, images, labels, proxies, ball, source="random"):
     """max(0, d(a_adv, p_adv) - d(a_adv, n_adv) + 0.2); Zhou et al., ECCV 2020.
 
-    Every image moves away from its own F(x); triplets are mined among the moved embeddings.
+    Every image moves away from its own F(x); triplets are mined among the moved embeddings. The
+    start is noise of 1e-3 eps, because at x there is no gradient and a uniform start costs reach.
     """
-    embeddings = model(shift_attack(model, images, ball))
+    noise = 1e-3 * ball[0] * (2 * torch.rand_like(images) - 1)
+    embeddings = model(shift_attack(model, images, ball, images + noise))
     a, p, n = mine_pairs(embeddings, labels, source)
     loss = triplet_loss(embeddings[a], embeddings[p], embeddings[n])
     return loss, {"adversarial": loss}
@@ -174,7 +174,7 @@ TRIPLET = ("est", "act")                                      # the others use P
 # The flags of a method: passed to it, refused elsewhere.
 OPTIONS = {"at": ("beta", "attack_loss"), "mixup": ("mixup_target",), "iat": ("mixup_target",),
            "trades": ("trades_lambda",), "est": ("source",), "act": ("source",)}
-REACH = {"at": 2, "iat": 2, "trades": 1, "est": 2, "act": 1}  # in eps; see common.warn_reach
+REACH = {"at": 2, "iat": 2, "trades": 1, "est": 1, "act": 1}  # in eps; see common.warn_reach
 # base_parser's defaults are the recipe of the first five; this is Zhou & Patel's.
 TRIPLET_RECIPE = dict(arch="resnet18", embedding_dim=512, crop="square", epochs=75, batch_size=112,
                       warmup_epochs=0, lr=1e-5, weight_decay=4e-4, eps=8 / 255, step_size=1 / 255,

@@ -26,6 +26,7 @@ import warnings
 import zipfile
 from collections import Counter, OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -214,50 +215,31 @@ def shift_objective(models, references):
 
 # ---- metrics ---------------------------------------------------------------------------------
 def similarities(embeddings, labels, gallery=None, gallery_labels=None):
-    """Chunk by chunk: (rows (b,), similarity (b, N), best (b,)), for the three gallery forms.
+    """Yield (rows (b,), similarity (b, N), best (b,)) for one chunk of queries after another.
 
-    similarity orders candidates as the Euclidean distance does: x.y - |y|^2 / 2. Candidates of the
-    query's own class are lowered by the last bit, so that they lose every tie; best is the highest
-    of them (-inf: none). The query itself (leave-one-out, or row i of a gallery of the same images)
-    is -inf. Where embeddings are not finite, what is NaN counts against the query too.
+    similarity orders candidates as the Euclidean distance does: x.y - |y|^2 / 2. Those of the
+    query's class are lowered by the last bit, so that they lose every tie; best is the highest of
+    them (-inf: none). The query itself is -inf. NaN counts against the query.
     """
     same_images = gallery_labels is None
     gallery = embeddings if gallery is None else gallery
-    gallery_labels = labels if same_images else gallery_labels
-    if same_images and len(gallery) != len(embeddings):
-        raise ValueError(f"a gallery without labels holds the same images in the same order: "
-                         f"{len(gallery)} rows for {len(embeddings)} queries")
-    if len(embeddings) == 0:
-        return
+    names = labels if same_images else gallery_labels
     # A matrix product rounds equal columns differently, and equal images must tie: multiply once.
     distinct, column = gallery.unique(dim=0, return_inverse=True)
     if len(distinct) == len(gallery):
-        distinct, column = gallery, None
-    half_norm = distinct.square().sum(1) / 2
-    finite = bool(embeddings.isfinite().all() & gallery.isfinite().all())
-    # The candidates of every class stand together in `order`, from `start` on.
-    index = torch.cat([labels, gallery_labels]).unique(return_inverse=True)[1]
-    own, index = index[:len(labels)], index[len(labels):]
-    size = index.bincount(minlength=int(own.max()) + 1)
-    order, start = index.argsort(stable=True), size.cumsum(0) - size
-    place, chunk = torch.arange(int(size.max()), device=labels.device), 2**24 // len(gallery)
-    for rows in torch.arange(len(labels), device=labels.device).split(max(1, chunk)):
-        similarity = embeddings[rows] @ distinct.T
-        similarity -= half_norm
-        similarity = similarity if column is None else similarity[:, column]
-        if not finite:
-            similarity.nan_to_num_(nan=torch.inf)
-        classes = own[rows, None]
-        columns = order[(start[classes] + place).clamp(max=len(gallery) - 1)]
-        relevant = index[columns] == classes                   # (b, largest class), not (b, N)
-        value = similarity.gather(1, columns)
-        lowered = torch.nextafter(value, value.new_tensor(-torch.inf))
-        lowered = lowered.masked_fill(~value.isfinite(), -torch.inf)
-        similarity.scatter_(1, columns, torch.where(relevant, lowered, value))
+        distinct, column = gallery, slice(None)
+    half_norm, lowest = distinct.square().sum(1) / 2, gallery.new_tensor(-torch.inf)
+    rows_at_once = max(1, 2**24 // max(len(gallery), 1))
+    for rows in torch.arange(len(labels), device=labels.device).split(rows_at_once):
+        with torch.autocast(gallery.device.type, enabled=False):
+            similarity = (embeddings[rows] @ distinct.T - half_norm)[:, column]
+        similarity = similarity.nan_to_num(torch.inf, torch.inf, -torch.inf)
+        lowered = torch.nextafter(similarity, lowest).where(similarity.isfinite(), lowest)
+        relevant = labels[rows, None] == names
+        similarity = lowered.where(relevant, similarity)
         if same_images:
             similarity[torch.arange(len(rows)), rows] = -torch.inf
-            relevant &= columns != rows[:, None]
-        yield rows, similarity, lowered.masked_fill(~relevant, -torch.inf).amax(1)
+        yield rows, similarity, similarity.masked_fill(~relevant, -torch.inf).amax(1)
 
 
 @torch.no_grad()
@@ -265,17 +247,16 @@ def ranking_scores(embeddings, labels, ks, gallery=None, gallery_labels=None, pr
     """(Recall@K query by query, bool (n, len(ks)); mAP@R or 0) in one pass over the candidates."""
     count = candidate_counts(labels, gallery_labels)
     names = labels if gallery_labels is None else gallery_labels
-    most = int(count.max()) if precision and len(count) else 0
     limits = torch.tensor(ks, device=labels.device)
-    depth = min(max((*ks, most)), len(names))
     hits = torch.zeros(len(labels), len(ks), dtype=torch.bool, device=labels.device)
     average = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
     for rows, similarity, best in similarities(embeddings, labels, gallery, gallery_labels):
-        value, nearest = similarity.topk(depth)
-        nearer = (value > best[:, None]).sum(1)               # as many as that, or K and more
+        nearer = (similarity > best[:, None]).sum(1)
         hits[rows] = best.isfinite()[:, None] & (nearer[:, None] < limits)
-        hit = (names[nearest] == labels[rows, None]) & (value > -torch.inf)
-        average[rows] = average_precision(hit, count[rows])
+        if precision:
+            value, nearest = similarity.topk(int(count.max()))
+            hit = (names[nearest] == labels[rows, None]) & (value > -torch.inf)
+            average[rows] = average_precision(hit, count[rows])
     return hits.cpu(), float(average.sum() / (count > 0).sum().clamp(min=1))
 
 
@@ -345,8 +326,9 @@ def kmeans(embeddings: Tensor, clusters: int, seed: int) -> Tensor:
     assigned = torch.full((len(points),), -1, device=points.device)
     for _ in range(20):
         half_norm = centres.square().sum(1) / 2
-        nearest = torch.cat([(chunk @ centres.T - half_norm).argmax(1)
-                             for chunk in points.split(max(1, 2**24 // clusters))])
+        with torch.autocast(points.device.type, enabled=False):
+            nearest = torch.cat([(chunk @ centres.T - half_norm).argmax(1)
+                                 for chunk in points.split(max(1, 2**24 // clusters))])
         if torch.equal(nearest, assigned):
             break
         assigned = nearest
@@ -357,72 +339,47 @@ def kmeans(embeddings: Tensor, clusters: int, seed: int) -> Tensor:
 
 
 def _contingency(labels, clusters):
-    """Sizes of classes, of clusters and of their non-empty intersections, float64."""
-    labels, clusters = labels.cpu().unique(return_inverse=True)[1], \
-        clusters.cpu().unique(return_inverse=True)[1]
-    pairs, both = (labels * (int(clusters.max()) + 1) + clusters).unique(return_counts=True)
-    return (labels.bincount().double(), clusters.bincount().double(), both.double(),
-            pairs // (int(clusters.max()) + 1), pairs % (int(clusters.max()) + 1))
-
-
-def _entropy(sizes):
-    share = sizes / sizes.sum()
-    return float(-(share * share.log()).sum())
-
-
-def _mutual_information(rows, columns, both, i, j):
-    total = both.sum()
+    """Sizes of classes, of clusters and of their non-empty intersections, float64, and the mutual
+    information of the two labelings and their entropies, in nats."""
+    labels, clusters = (ids.cpu().unique(return_inverse=True)[1] for ids in (labels, clusters))
+    pairs, both = (labels * len(labels) + clusters).unique(return_counts=True)
+    rows, columns, both = (size.double() for size in (labels.bincount(), clusters.bincount(), both))
+    i, j, total = pairs // len(labels), pairs % len(labels), both.sum()
     ratio = both.log() + total.log() - rows[i].log() - columns[j].log()
-    return float((both / total * ratio).sum())
+    entropies = [float(-(size / total * (size / total).log()).sum()) for size in (rows, columns)]
+    return rows, columns, both, float((both / total * ratio).sum()), sum(entropies) / 2
 
 
 def nmi(labels: Tensor, clusters: Tensor) -> float:
     """Normalised mutual information 2 I(L; C) / (H(L) + H(C)), in [0, 1] (EAT, Eq. (13))."""
-    rows, columns, both, i, j = _contingency(labels, clusters)
-    if len(rows) == len(columns) == 1:
-        return 1.0
-    information = _mutual_information(rows, columns, both, i, j)
-    return min(max(2 * information / (_entropy(rows) + _entropy(columns)), 0.0), 1.0)
+    *_, information, entropy = _contingency(labels, clusters)
+    return min(max(information / entropy, 0.0), 1.0) if entropy else 1.0
 
 
 def ami(labels: Tensor, clusters: Tensor) -> float:
     """Adjusted mutual information (Vinh et al., JMLR 2010), NMI with chance at 0:
     (I - E[I]) / (mean(H(L), H(C)) - E[I]), E over random assignments with the same sizes."""
-    rows, columns, both, i, j = _contingency(labels, clusters)
-    if len(rows) == len(columns) == 1:
+    rows, columns, _, information, entropy = _contingency(labels, clusters)
+    if not entropy:
         return 1.0
-    total = rows.sum()
-    log_factorial = torch.lgamma(torch.arange(int(total) + 2, dtype=torch.float64) + 1)
-
-    def log_factorials(sizes):
-        return log_factorial[sizes.long()]
-
+    total, expected = rows.sum(), 0.0
     # E[I] (their Eq. 24a) depends on the sizes a, b alone: sum over distinct sizes, with counts.
-    row_size, row_count = rows.unique(return_counts=True)
-    column_size, column_count = columns.unique(return_counts=True)
-    expected = 0.0
-    for a, times_a in zip(row_size, row_count):
-        b, times = column_size[:, None], column_count[:, None] * times_a             # (sizes, 1)
-        n = torch.arange(1, int(min(a, column_size.max())) + 1, dtype=torch.float64)   # (values,)
-        possible = (n >= a + b - total) & (n <= b)
-        n = torch.where(possible, n, torch.minimum(a, b))            # any legal one: it is left out
-        log_probability = (log_factorials(a) + log_factorials(b) + log_factorials(total - a)
-                           + log_factorials(total - b) - log_factorials(total)
-                           - log_factorials(n) - log_factorials(a - n)
-                           - log_factorials(b - n) - log_factorials(total - a - b + n))
-        term = n / total * (n.log() + total.log() - a.log() - b.log()) * log_probability.exp()
-        expected += float((term * possible * times).sum())
-    information = _mutual_information(rows, columns, both, i, j)
-    ceiling = (_entropy(rows) + _entropy(columns)) / 2 - expected
-    tiny = float(np.finfo(np.float64).eps)
-    return (information - expected) / (min(ceiling, -tiny) if ceiling < 0 else max(ceiling, tiny))
+    for a, times_a in zip(*rows.unique(return_counts=True)):
+        for b, times_b in zip(*columns.unique(return_counts=True)):
+            n = torch.arange(float(max(1, a + b - total)), float(min(a, b)) + 1).double()
+            log_probability = sum(torch.lgamma(1 + k) for k in (a, b, total - a, total - b)) \
+                - sum(torch.lgamma(1 + k) for k in (total, n, a - n, b - n, total - a - b + n))
+            terms = n / total * (n * total / (a * b)).log() * log_probability.exp()
+            expected += float(times_a * times_b * terms.sum())
+    room, tiny = entropy - expected, float(np.finfo(np.float64).eps)
+    return (information - expected) / (room if abs(room) > tiny else math.copysign(tiny, room))
 
 
 def pairwise_f1(labels: Tensor, clusters: Tensor) -> float:
     """F1 of "these two images are of one class" read off the clusters (EAT, Eq. (12))."""
-    rows, columns, both, _, _ = _contingency(labels, clusters)
-    pairs = [float((sizes * (sizes - 1) / 2).sum()) for sizes in (both, rows, columns)]
-    return 2 * pairs[0] / (pairs[1] + pairs[2]) if pairs[1] + pairs[2] else 0.0
+    rows, columns, both, *_ = _contingency(labels, clusters)
+    right, *pairs = (float((size * (size - 1) / 2).sum()) for size in (both, rows, columns))
+    return 2 * right / sum(pairs) if sum(pairs) else 0.0
 
 
 def vote_labels(votes: Tensor) -> Tensor:
@@ -436,134 +393,31 @@ def vote_labels(votes: Tensor) -> Tensor:
 
 @torch.no_grad()
 def vote_clusters(assignments: Tensor, clusters: int) -> Tensor:
-    """One clustering out of the N members': at most `clusters` ids (n,) from assignments (N, n).
+    """One clustering (n,) out of the N members', assignments (N, n) of ids below `clusters`.
 
-    Up to 5,000 images, co-association: two images belong together when most members put them
-    together; average linkage on that relation, down to `clusters`. Above, every member's ids are
-    renamed after the member that agrees best with the others (highest mean NMI; an optimal
-    assignment up to 1,000 clusters, greedy beyond), then the plurality decides.
+    The ids are renamed after the member that agrees best with the others (highest mean NMI), the
+    largest overlap first. Then the plurality decides, image by image; ties go to that member.
     """
     assignments = assignments.cpu()
-    rule = cluster_vote_rule(assignments.shape[1], clusters)
-    if rule == "co-association":
-        return _co_association(assignments, clusters)
-    members = range(len(assignments))
-    agreement = [np.mean([nmi(assignments[i], assignments[j]) for j in members if j != i] or [1.0])
-                 for i in members]
-    reference = assignments[int(np.argmax(agreement))]
-    size = max(int(assignments.max()) + 1, clusters)
-    renamed = []
-    for own in assignments:
-        cells, overlap = (own * size + reference).unique(return_counts=True)
-        if rule == "aligned-optimal":
-            matrix = torch.zeros(size * size, dtype=torch.int64).index_put_((cells,), overlap)
-            match = _optimal_assignment(matrix.view(size, size).numpy())
-        else:
-            match = _greedy_assignment(cells[overlap.argsort(descending=True, stable=True)], size)
-        renamed.append(torch.from_numpy(match)[own])
+    agreement = [sum(nmi(ids, others) for others in assignments) for ids in assignments]
+    first = int(np.argmax(agreement))
+    reference, renamed = assignments[first], [assignments[first]]
+    for ids in [*assignments[:first], *assignments[first + 1:]]:
+        cells, overlap = (ids * clusters + reference).unique(return_counts=True)
+        name, free = torch.full((clusters,), -1), set(range(clusters))
+        for cell in cells[overlap.argsort(descending=True, stable=True)].tolist():
+            row, column = divmod(cell, clusters)
+            if name[row] < 0 and column in free:
+                name[row] = column
+                free.remove(column)
+        name[name < 0] = torch.tensor(sorted(free))           # clusters without an overlap left
+        renamed.append(name[ids])
     return vote_labels(torch.stack(renamed))
 
 
-def cluster_vote_rule(images: int, clusters: int) -> str:
-    """Which of its rules vote_clusters uses for so many images and clusters."""
-    if images <= 5000:
-        return "co-association"
-    return "aligned-optimal" if clusters <= 1000 else "aligned-greedy"
-
-
-def _co_association(assignments, clusters):
-    # Images with the same ids everywhere are one point with a weight: far fewer than n remain.
-    points, image_point, weight = assignments.T.unique(dim=0, return_inverse=True,
-                                                       return_counts=True)
-    agreeing = sum((ids[:, None] == ids).double() for ids in points.T)             # (m, m)
-    # Most members agree: distance 0, else 1. The share of agreeing members only breaks ties.
-    share = agreeing / len(assignments)
-    distance = (1 - (share > 0.5).double() - 1e-7 * share).numpy()
-    return torch.from_numpy(_average_linkage(distance, weight.numpy(), clusters))[image_point]
-
-
-def _average_linkage(distance, weight, clusters):
-    """Agglomerate weighted points to `clusters` groups, average linkage: ids (m,) int64.
-
-    The nearest-neighbour chain algorithm (Murtagh 1983): O(m^2) for m points.
-    """
-    count = len(distance)
-    distance, weight = distance.copy(), weight.astype(float)
-    np.fill_diagonal(distance, np.inf)
-    alive, chain, merges = np.ones(count, bool), [], []
-    for _ in range(count - 1):
-        if not chain:
-            chain = [int(np.flatnonzero(alive)[0])]
-        while True:
-            last = chain[-1]
-            nearest = int(distance[last].argmin())
-            # a reciprocal pair; the previous link wins ties, or the chain would not end
-            if len(chain) > 1 and distance[last, chain[-2]] <= distance[last, nearest]:
-                break
-            chain.append(nearest)
-        first, second = sorted((chain.pop(), chain.pop()))
-        merges.append((distance[first, second], first, second))
-        share = weight[first] / (weight[first] + weight[second])
-        merged = share * distance[first] + (1 - share) * distance[second]
-        merged[~alive] = merged[first] = merged[second] = np.inf
-        distance[first], distance[:, first] = merged, merged
-        distance[second], distance[:, second] = np.inf, np.inf
-        weight[first] += weight[second]
-        alive[second] = False
-    # Cut: the cheapest merges first (equal heights in the order in which they were made).
-    parent = np.arange(count)
-
-    def root(point):
-        while parent[point] != point:
-            point = parent[point]
-        return point
-
-    for _, first, second in sorted(merges, key=lambda merge: merge[0])[:max(count - clusters, 0)]:
-        parent[root(second)] = root(first)
-    return np.unique([root(point) for point in range(count)], return_inverse=True)[1]
-
-
-def _optimal_assignment(overlap):
-    """Column of each row that maximises the summed overlap (Hungarian algorithm, O(k^3))."""
-    cost, size = -overlap.astype(float), len(overlap)
-    row_price, column_price = np.zeros(size + 1), np.zeros(size + 1)
-    owner = np.zeros(size + 1, int)                        # row of each column, 1-based, 0: none
-    for row in range(1, size + 1):                         # one shortest augmenting path per row
-        owner[0], column = row, 0
-        slack, way = np.full(size + 1, np.inf), np.zeros(size + 1, int)
-        done = np.zeros(size + 1, bool)
-        while owner[column]:
-            done[column] = True
-            reduced = cost[owner[column] - 1] - row_price[owner[column]] - column_price[1:]
-            shorter = np.flatnonzero(~done[1:] & (reduced < slack[1:])) + 1
-            slack[shorter], way[shorter] = reduced[shorter - 1], column
-            following = int(np.where(done, np.inf, slack).argmin())
-            step = slack[following]
-            row_price[owner[done]] += step
-            column_price[done] -= step
-            slack[~done] -= step
-            column = following
-        while column:
-            owner[column] = owner[way[column]]
-            column = way[column]
-    match = np.empty(size, np.int64)
-    match[owner[1:] - 1] = np.arange(size)
-    return match
-
-
-def _greedy_assignment(cells, size):
-    """Column of each row; cells: row * size + column of the overlaps, the largest first."""
-    match, free = np.full(size, -1, np.int64), np.ones(size, bool)
-    for row, column in zip((cells // size).tolist(), (cells % size).tolist()):
-        if match[row] < 0 and free[column]:
-            match[row], free[column] = column, False
-    match[match < 0] = np.flatnonzero(free)                # rows without an overlap: what is left
-    return match
-
-
 def vote_ranking(embeddings, labels, ks, gallery=None, gallery_labels=None):
-    """The vote: (hits (n, 1 + len(ks)) bool, at K = 1 and the ks; mAP@R of the list as a ranking).
-    Place j of a query's list carries the label that most members' j-th neighbours have."""
+    """(hits (n, 1 + len(ks)) bool, at K = 1 and the ks; mAP@R) of a list whose place j carries the
+    label that most members' j-th neighbours have."""
     count = candidate_counts(labels, gallery_labels)
     candidates = len(labels) - 1 if gallery_labels is None else len(gallery_labels)
     depth = min(max(int(count.max()), *ks), candidates)
@@ -773,11 +627,11 @@ def retrieval_of(models, dataset, *, ks=(1, 2, 4, 8), batch_size=128, workers=0,
 
 
 def clean_scores(retrieval, seed) -> dict:
-    """"clean" of results.json: every rule's scores, the headline rule's on top. NMI_chance: the
-    mean NMI of five random assignments. n_singletons: queries without a match."""
-    labels, matches = retrieval.labels, candidate_counts(retrieval.labels, retrieval.gallery_labels)
+    """"clean" of results.json: every rule's scores, the headline rule's on top; NMI_chance: of five
+    random assignments; n_singletons: queries without a match."""
     scores = retrieval.score(retrieval.clean, retrieval.gallery, seed=seed)
-    rule = next(iter(scores))
+    rule, labels = next(iter(scores)), retrieval.labels
+    matches = candidate_counts(labels, retrieval.gallery_labels)
     draws = random_stream(seed, 0, EVALUATE).integers(len(labels.unique()), size=(5, len(labels)))
     chance = float(np.mean([nmi(labels, draw) for draw in torch.from_numpy(draws)]))
     return {"rule": rule, "scores": scores, **scores[rule], "NMI_chance": chance,
@@ -972,15 +826,15 @@ def pretrained(arch, weights):
             raise UserError(f"torchvision has no ImageNet weights of {arch}: pass --weights FILE "
                             f"(for bninception bn_inception-52deb4733.pth), or --weights none")
         entry = torchvision.models.get_model_weights(TORCHVISION[arch])["IMAGENET1K_V1"]
+        cached = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(entry.url))
+        if cached.exists() and sha256(cached.read_bytes()).hexdigest()[:8] not in cached.stem:
+            raise UserError(f"{cached} is damaged or something else: delete it")
         try:
-            return entry.get_state_dict(progress=False, check_hash=True)
-        except Exception as error:             # no network, a damaged cache, a full disk ...
+            return entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        except Exception as error:             # no network, a full disk ...
             raise UserError(f"cannot get {os.path.basename(entry.url)} ({error}): fetch it from "
                             f"{entry.url} and pass --weights FILE, or --weights none") from error
     state = torch_load(weights, f"weights of {arch}")
-    if "members" in state and "format" in state:
-        raise UserError(f"{weights} is a checkpoint of a run, not ImageNet weights: the same "
-                        f"command continues a run, and eval.py RUN evaluates it")
     for wrapper in ("state_dict", "model_state_dict", "model"):
         state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
     state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
@@ -1043,23 +897,27 @@ def load_model(run, device="cpu") -> list[nn.Module]:
     """The members of a run, in eval mode on `device`. run: its folder, its last.pt, or the content
     of one, as load_checkpoint returns it."""
     checkpoint, members = run if isinstance(run, dict) else load_checkpoint(run), []
-    for state in checkpoint["members"]:
-        model = build_model(checkpoint["args"]["arch"], checkpoint["args"]["embedding_dim"])
-        model.load_state_dict(state)
-        members.append(model.to(device).eval())
+    try:
+        for state in checkpoint["members"]:
+            model = build_model(checkpoint["args"]["arch"], checkpoint["args"]["embedding_dim"])
+            model.load_state_dict(state)
+            members.append(model.to(device).eval())
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise UserError(f"a network of the checkpoint is damaged ({error}): restore it") from error
     return members
 
 
 # ---- data ------------------------------------------------------------------------------------
 
-# The folder of the archive, and how many images train and test (In-Shop: query, gallery) have.
+# The folder of the archive, what is in it, and how many images train and test have.
 OFFICIAL = {
-    "cub": ("CUB_200_2011", 5864, 5924),
-    "cub2010": ("CUB_200_2010", 2990, 3043),
-    "cars": ("stanford_cars", 8054, 8131),
-    "sop": ("Stanford_Online_Products", 59551, 60502),
-    "inshop": ("Inshop_Clothes", 25882, 14218),
-    "inshop-gallery": ("Inshop_Clothes", 25882, 14218, 12612),
+    "cub": ("CUB_200_2011", "images/001.Black_footed_Albatross/*.jpg", 5864, 5924),
+    "cub2010": ("CUB_200_2010", "images/001.Black_footed_Albatross/*.jpg", 2990, 3043),
+    "cars": ("stanford_cars", "cars_annos.mat + car_ims/, cars_train/ + cars_test/ + devkit/, "
+             "car_data/{train,test}/<class>/ or images/<class>/", 8054, 8131),
+    "sop": ("Stanford_Online_Products", "Ebay_train.txt, Ebay_test.txt", 59551, 60502),
+    "inshop": ("Inshop_Clothes", "list_eval_partition.txt and img/", 25882, 14218),
+    "inshop-gallery": ("Inshop_Clothes", "list_eval_partition.txt and img/", 25882, 14218, 12612),
 }
 UNPACKED = ("CUB_200_2011", "CUB_200_2010", "cub", "cub2010", "cars196", "car_data",
             "online_products", "in-shop")                       # other folders of archives in ROOT
@@ -1165,20 +1023,25 @@ def load_dataset(name: str, root=None, *, image_size: int | None = None, seed: i
     size = image_size or (32 if name in GENERATED else 224)
     if name in GENERATED:
         return {"glyphs": _glyphs, "gaussian": _gaussian}[name](seed, size)
-    root, (folder, *expected) = Path(root or os.environ.get("DATA_ROOT") or "data"), \
-        OFFICIAL.get(name, ("folder",))
+    root = Path(root or os.environ.get("DATA_ROOT") or "data")
+    folder, layout, *expected = OFFICIAL.get(name, ("", "at least 2 folders that hold images"))
     listing = {"cars": _list_cars, "sop": _list_sop, "folder": _list_folder}.get(
         name, _list_cub if "cub" in name else _list_inshop)
-    candidates = [root / part for part in ("", folder, name.removesuffix("-gallery"), *UNPACKED)]
     try:
-        lists = listing(name, candidates)[:len(expected) or 2]
-        for path in (path for items in lists for path, _ in items):
+        lists = listing(name, [root / part for part in (
+            "", folder, name.removesuffix("-gallery"), *UNPACKED)])
+        for path in (path for items in lists or () for path, _ in items):
             os.stat(path)
     except (OSError, LookupError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"cannot read the files or a list of {name} under {root} ({error}): unpack "
                         f"the archive again, or check the permissions") from None
+    if not lists:
+        there = ", ".join(sorted(path.name for path in root.glob("*"))[:8]) or "nothing"
+        raise UserError(f"no {name} data under {root}: expected {layout}; found {there}. Unpack "
+                        f"the archive there or pass --data-root (README, 'Data')")
+    lists = lists[:len(expected) or 2]
     counts = [len(items) for items in lists]
     if sum(counts) < sum(expected) / 2:
         raise UserError(f"{name} under {root} has {sum(counts)} images, expected {sum(expected)}: "
@@ -1195,24 +1058,23 @@ def load_dataset(name: str, root=None, *, image_size: int | None = None, seed: i
     return train, test
 
 
-def _not_found(name, root, expected, seen=None):
-    seen = seen or ", ".join(sorted(path.name for path in root.glob("*"))[:8]) or "nothing"
-    return UserError(f"no {name} data under {root}: expected {expected}; found {seen}. Unpack the "
-                     f"archive there or pass --data-root (README, 'Data')")
-
-
 def _images_by_class(folder):
     """[(path, class)] of a tree, sorted by class: a class is a folder that holds images itself, at
     any depth, named by its path. Hidden files (`._*` of macOS archives) do not count."""
     from PIL import Image  # comes with torchvision
-    formats, listing = tuple(Image.registered_extensions()), []
+    formats, listing, others = tuple(Image.registered_extensions()), [], []
     for path, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if name[0] != "."]
         name = Path(os.path.relpath(path, folder)).as_posix()
-        listing += [(name, os.path.join(path, file)) for file in files
-                    if name != "." and file[0] != "." and file.lower().endswith(formats)]
+        for file in (file for file in files if file[0] != "."):
+            image = name != "." and file.lower().endswith(formats)
+            (listing if image else others).append((name, os.path.join(path, file)))
+    if others:
+        warnings.warn(f"{len(others)} files are left out, such as {others[0][1]}", stacklevel=4)
     return [(path, name) for name, path in sorted(listing)]
 
+
+# Each lists [(path, class name)] per side, or returns None where its archive is not found.
 
 def _split_by_class_id(listing, first_test):
     """Class folders are numbered, `001.Name`: ids up to first_test - 1 train, the rest test."""
@@ -1222,7 +1084,7 @@ def _split_by_class_id(listing, first_test):
 
 def _list_cub(name, folders):
     """Both editions have one layout, but 2011 has a list and shorter Flickr ids in its names."""
-    seen = None
+    other = None
     for folder in folders:
         listing, listed = _images_by_class(folder / "images"), folder / "images.txt"
         if listed.is_file():
@@ -1234,10 +1096,10 @@ def _list_cub(name, folders):
         newer = listed.is_file() or sum(digits < 7 for digits in ids) >= len(ids) / 2
         if listing and newer == (name == "cub"):
             return _split_by_class_id(listing, 101)
-        if listing:
-            seen = f"the other edition in {folder}, --dataset {'cub' if newer else 'cub2010'}"
-    raise _not_found(name, folders[0], "images/001.Black_footed_Albatross/*.jpg, or "
-                     f"{OFFICIAL[name][0]} with it", seen)
+        other = folder if listing else other
+    if other:
+        raise UserError(f"{other} holds the other edition of CUB-200: give --dataset "
+                        f"{'cub2010' if name == 'cub' else 'cub'}")
 
 
 def _read_mat(path, field, folder):
@@ -1271,8 +1133,6 @@ def _list_cars(name, folders):
             listing = [(path, order[label]) for path, label in listing]
         if listing:
             return _split_by_class_id([(path, f"{number:03d}") for path, number in listing], 99)
-    raise _not_found(name, folders[0], "cars_annos.mat + car_ims/, cars_train/ + cars_test/ + "
-                     "devkit/, car_data/{train,test}/<class>/ or images/<class>/")
 
 
 def _list_sop(name, folders):
@@ -1285,7 +1145,6 @@ def _list_sop(name, folders):
             halves = [[line.split() for line in half if line.strip()] for half in halves]
             return [[(str(images / path), f"{int(number):05d}") for _, number, _, path in half]
                     for half in halves]
-    raise _not_found(name, folders[0], "Ebay_train.txt, Ebay_test.txt and bicycle_final/ ...")
 
 
 def _list_inshop(name, folders):
@@ -1297,14 +1156,10 @@ def _list_inshop(name, folders):
             inner = folder / "Img" if (folder / "Img" / rows[0][0]).is_file() else folder
             return [[(str(inner / path), f"{int(item[3:]):08d}") for path, item, status in rows
                      if status == side] for side in ("train", "query", "gallery")]
-    raise _not_found(name, folders[0], "list_eval_partition.txt (there, in Eval/ or Anno/) and "
-                     "img/")
 
 
 def _list_folder(name, folders):
     """ROOT/train and ROOT/test, in any case, or the first half of ROOT's classes and the rest."""
-    if not folders[0].is_dir():
-        raise UserError(f"--data-root {folders[0]} is not a folder: give one with class folders")
     sides = {entry.name.lower(): entry for entry in folders[0].iterdir() if entry.is_dir()}
     if {"train", "test"} <= sides.keys():
         train, test = _images_by_class(sides["train"]), _images_by_class(sides["test"])
@@ -1318,9 +1173,7 @@ def _list_folder(name, folders):
     if shared:
         raise UserError(f"train/ and test/ share {len(shared)} classes ({shared[0]}, ...): this is "
                         f"a classification split; metric learning is tested on unseen classes")
-    if not train or not test:
-        raise _not_found(name, folders[0], "at least 2 folders that hold images")
-    return train, test
+    return [train, test] if train and test else None
 
 
 def _glyphs(seed, size, classes=100, per_class=30):
@@ -1410,10 +1263,9 @@ def class_balanced_batches(labels, batch_size, images_per_class, seed, epoch, pu
         groups.append([rows[i:i + images_per_class]
                        for i in range(0, len(rows) - images_per_class + 1, images_per_class)])
     left = np.array([len(group) for group in groups])
-    if rest or (left > 0).sum() < per_batch:
-        raise UserError(f"a batch needs {per_batch} classes of {images_per_class} images, and the "
-                        f"training split has {(left > 0).sum()}: change --batch-size or "
-                        f"--images-per-class")
+    if rest or not 0 < per_batch <= (left > 0).sum():
+        raise UserError(f"a batch needs {per_batch} classes of {images_per_class} images, the data "
+                        f"has {(left > 0).sum()}: change --batch-size or --images-per-class")
     batches = []
     while (left > 0).sum() >= per_batch:
         drawn = stream.choice(len(left), per_batch, replace=False, p=left / left.sum())
@@ -1604,9 +1456,6 @@ def parse_run(parser: Parser, argv, small: dict) -> argparse.Namespace:
     begun, photos = args.weights != "none", args.dataset not in GENERATED
     for name, value in {"warmup_epochs": int(begun), "freeze_bn": begun, "flip": photos}.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    if args.images_per_class > args.batch_size:
-        parser.error(f"--images-per-class {args.images_per_class} is more than --batch-size "
-                     f"{args.batch_size}: lower it")
     return args
 
 
@@ -1651,7 +1500,7 @@ def progress(iterable, label, total):
 
 # ---- runs: files -----------------------------------------------------------------------------
 
-FORMAT = 2                                     # of last.pt
+FORMAT, SIDES = 2, ("train", "test")           # of last.pt; of its "classes"
 MOVABLE = ("device", "workers", "out", "data_root", "cache_gb")     # may differ when continuing
 
 
@@ -1675,15 +1524,15 @@ def load_run_data(args, checkpoint=None) -> tuple[ImageSet, ImageSet]:
     both sides' classes with their counts, which must be the checkpoint's, if one is given."""
     train, test = load_dataset(args.dataset, args.data_root, image_size=args.image_size,
                                seed=args.seed)
-    census = {side: [[name, int((part.labels == label).sum())] for label, name in
-                     enumerate(part.classes)] for side, part in (("train", train), ("test", test))}
-    for side in census if checkpoint else ():
-        then, now = checkpoint["classes"][side], census[side]
-        changed = [pair for pair in [*then, *now] if pair not in then or pair not in now]
-        if changed:
-            raise UserError(f"the data is not what this run was trained with: its {side} side had "
-                            f"{len(then)} classes and has {len(now)}, first difference "
-                            f"{changed[0][0]}; restore the data, or give another --out")
+    census = {side: [[*pair] for pair in zip(part.classes, part.labels.bincount(
+        minlength=len(part.classes)).tolist())] for side, part in zip(SIDES, (train, test))}
+    for side, now in census.items() if checkpoint else ():
+        then = checkpoint["classes"][side]
+        if then != now:
+            changed = next(pair for pair in [*then, *now] if pair not in then or pair not in now)
+            raise UserError(f"the data has changed since this run was trained: its {side} side had "
+                            f"{len(then)} classes, now {len(now)}, first difference {changed[0]}; "
+                            f"restore the data, or give another --out")
     for part in filter(None, (train, test, test.gallery)):
         part.square, part.flip = args.crop == "square", args.flip
     if args.val_classes:
@@ -1691,9 +1540,10 @@ def load_run_data(args, checkpoint=None) -> tuple[ImageSet, ImageSet]:
         train, test = (train.subset(rows.nonzero()[:, 0]) for rows in (~held_out, held_out))
     if args.limit_queries and args.limit_queries < len(test):
         test = balanced_subset(test, args.limit_queries)
-    if min(len(train.classes), len(test)) < 2:
+    alone = test.gallery is None and test.labels.bincount().max() < 2
+    if min(len(train.classes), len(test.classes)) < 2 or alone:
         raise UserError(f"{args.dataset} leaves {len(train.classes)} classes to train on and "
-                        f"{len(test)} images to report on: both need 2")
+                        f"{len(test.classes)} to report on: both need 2, and two images of one")
     train.census = census
     return train, test
 
@@ -1832,15 +1682,16 @@ class Run:
 
     def _claim(self, record, last):
         """The checkpoint to go on from, None for a new run; other flags or data are refused."""
-        stored, checkpoint = read_json(record) if record.exists() else {}, None
-        if last.exists():
-            checkpoint = load_checkpoint(last)
-            load_run_data(self.args, checkpoint)
-            stored = {**checkpoint["args"], "method": checkpoint["method"]}
-        elif (self.folder / "results.json").exists():
-            raise UserError(f"{last} is gone, but results.json is not: restore it, or delete both")
+        if not last.exists():                      # nothing is saved, and nothing can be lost
+            if (self.folder / "results.json").exists():
+                raise UserError(f"{last} is gone, results.json is not: restore it, or delete both")
+            return None
+        checkpoint = load_checkpoint(last)
+        load_run_data(self.args, checkpoint)
+        stored = {**checkpoint["args"], "method": checkpoint["method"],
+                  **(read_json(record) if record.exists() else {})}
         for flag, value in {"method": self.method, **vars(self.args)}.items():
-            if stored and flag not in MOVABLE and stored.get(flag) != value:
+            if flag not in MOVABLE and stored.get(flag) != value:
                 raise UserError(f"{self.folder} holds a run with --{flag.replace('_', '-')} "
                                 f"{stored.get(flag)}, not {value}: give that value, another --out, "
                                 f"or delete the folder to start again")
@@ -1894,9 +1745,9 @@ class Run:
             raise UserError(f"{last} does not fit this run ({error!r}): restore it") from error
         for leftover in self.folder.glob("*.tmp"):           # of a process that was killed
             leftover.unlink()
-        if not (self.folder / "args.json").exists():
-            write_atomic(self.folder / "args.json",
-                         {**vars(args), "method": self.method, **self.provenance})
+        flags = {**vars(args), "method": self.method, **self.provenance}
+        if not saved:
+            write_atomic(self.folder / "args.json", flags)
         self._write_log()                      # the checkpoint's, whatever became of the file
         if not (self.folder / "results.json").exists():
             cache_images([self.train, self.test, self.test.gallery], args.cache_gb, args.workers)
@@ -1959,8 +1810,8 @@ class Run:
         self._write_log()
 
     def _write_log(self):
-        lines = "".join(json.dumps(line) + "\n" for line in self.state["log"])
-        write_atomic(self.folder / "log.jsonl", lines.encode())
+        write_atomic(self.folder / "log.jsonl", b"".join(
+            json.dumps(line).encode() + b"\n" for line in self.state["log"]))
 
     def _evaluate(self, protocols):
         args = self.args
