@@ -410,7 +410,7 @@ def vote_clusters(assignments: Tensor, clusters: int) -> Tensor:
             if name[row] < 0 and column in free:
                 name[row] = column
                 free.remove(column)
-        name[name < 0] = torch.tensor(sorted(free))           # clusters without an overlap left
+        name[name < 0] = torch.tensor(sorted(free), dtype=torch.int64)    # none overlaps enough
         renamed.append(name[ids])
     return vote_labels(torch.stack(renamed))
 

@@ -375,6 +375,9 @@ def beyond():
         Claim("eps50", "a vote is above an average when each rule is attacked by itself",
               [comparison for name in ("ensemble", "eat", "eat-nosplit") for comparison in
                above(OWN, read, f"{name} vote", [f"{name} mean", f"{name} concat"])]),
+        Claim("8/255, eps50", "Panum's training defends under attacks that it does not name",
+              [comparison for row in LOSSES for comparison in
+               above(OWN, [MATCHING_WORST, *read], row, [f"{row}-rate0"])]),
         Claim("8/255", "attacking the positive protects better than attacking the anchor",
               [comparison for row in LOSSES for comparison in
                above(TARGETS, ["eps 8/255"], row, [f"{row}-anchor"])]),
@@ -409,8 +412,9 @@ The code has changed since, and each table was made at the commit that is named 
 EAT and the baselines trained with four steps of 2/255, half of the way that a random start needs.
 `ensemble` is what `baselines.py --method at --members 3` trains now. Clusters of a vote are not
 stored, because another rule merged them then: `member_mean` is the mean over members. eps50 is the
-radius, in 1/255, at which an attack has halved Recall@1. Our ERS is the corrected one. The paper's
-is not, so it stands in sentences on the paper's own tables and beside none of ours.
+radius, in 1/255, at which an attack has halved Recall@1; 2.55/255 is Panum's 0.01. Our ERS is the
+corrected one. The paper's is not, so it stands in sentences on the paper's own tables and beside
+none of ours.
 """
 
 

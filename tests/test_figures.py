@@ -1,316 +1,258 @@
-"""eval.py's sweeps, members attacked alone, and figures, on tiny runs."""
-# ruff: noqa: F811
+"""results/figures.py draws what reports and saved embeddings say; nothing is attacked."""
 
 import json
-import math
-import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
-from test_scripts import (  # noqa: F401
-    HERE,
-    evaluate,
-    fails,
-    flags,
-    must_not_run,
-    pictures,
-    stored,
-    train,
-    train_baseline,
-)
+from test_table import at_radii, outcome_of, record_of
 
 import common
 import eval as evaluator
 
-RADII = ("0", "64/255", "8/255")
-
-
-@pytest.fixture(scope="session")
-def made(pictures, tmp_path_factory):
-    """Two seeds of an ensemble and a single network; not to be changed."""
-    root = tmp_path_factory.mktemp("figures")
-    for seed in ("0", "1"):
-        train(*flags(pictures, root / f"eat-tiny-s{seed}", "--seed", seed, "--epochs", "2"))
-    train_baseline("at", pictures, root / "at-tiny-s0", "--epochs", "2")
-    return root
-
-
-@pytest.fixture
-def runs(made, tmp_path):
-    shutil.copytree(made, tmp_path / "runs")
-    return [tmp_path / "runs" / name for name in ("eat-tiny-s0", "eat-tiny-s1", "at-tiny-s0")]
+pytest.importorskip("matplotlib")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "results"))
+import figures  # noqa: E402
 
 
 @pytest.fixture
 def plt():
-    pytest.importorskip("matplotlib")
-    yield evaluator.pyplot()
-    evaluator.pyplot().close("all")
+    yield figures.pyplot()
+    figures.pyplot().close("all")
 
 
-def written(folder):
-    """The names of the figures and numbers there; every figure is a picture of a sane size."""
-    for path in folder.glob("*.png"):
-        with Image.open(path) as picture:
-            assert 500 < picture.size[0] < 2000 and 250 < picture.size[1] < 2000
-            assert len(picture.convert("RGB").getcolors(2**20)) > 20
-    return {path.name for path in folder.iterdir()}
+def saved(path, protocol="clustering", dim=8, members=1, move=0.0, **more):
+    """A file as eval.py --save-embeddings writes it: 24 images of 8 classes, 2 of them not kept."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(8), 3)
+    centres = rng.normal(size=(members, 8, dim))
+    clean = centres[:, labels] + 0.1 * rng.normal(size=(members, 24, dim))
+    attacked = (1 - move) * clean + move * np.roll(clean, 3, axis=1)
+    clean, attacked = (own / np.linalg.norm(own, axis=2, keepdims=True)
+                       for own in (clean, attacked))
+    images = rng.random((24, 3, 16, 16)).astype(np.float32)
+    rows = np.arange(24) if "rows" not in more else more["rows"]
+    attack = {**common.Attack(protocol=protocol)._asdict(), "eps_255": 8.0}
+    changed = (images + 8 / 255 * rng.choice([-1, 1], images.shape)).clip(0, 1).astype(np.float32)
+    np.savez(path, clean=clean, attacked=attacked, labels=labels, attack=json.dumps(attack),
+             classes=[f"${name} of $" for name in "abcdefgh"], paths=["x"] * 24, rows=rows,
+             images_clean=images[rows], images_attacked=changed[rows])
+    return path
 
 
-def attack_of(*arguments, **more):
-    return evaluator.attacks_of(evaluator.parse_args(["run", *map(str, arguments)]), 0, **more)
+def curve_report():
+    report = []
+    for seed, low in ((0, 0.2), (1, 0.4)):
+        records = at_radii({2: 0.6, 8: low})
+        records += [record_of({"member_1": {"R@1": 0.5 / steps, "F1": 0.1}}, steps=steps)
+                    for steps in (1, 2)]
+        for record in records:
+            record["scores"]["member_1"].setdefault("F1", 0.3)
+        report.append(outcome_of(f"at-s{seed}", seed, 0.8, records))
+        report[-1]["clean"]["scores"]["member_1"]["F1"] = 0.7
+    return report
 
 
-# ---- sweeps
+# ---- numbers
 
-def test_a_sweep_is_stored_drawn_and_read_back(runs, tmp_path, plt, monkeypatch, capsys):
-    command = [*runs, *HERE, "--sweep-eps", *RADII, "--rules", "vote", "concat"]
-    evaluate(*command, "--figures", tmp_path / "first")
-    assert written(tmp_path / "first") == {"embeddings.png", "shift.png", "retrieval.png",
-                                           "sweep-eps.png", "sweep-eps.json"}
-    curves = json.loads((tmp_path / "first" / "sweep-eps.json").read_text())
-    assert [(name, [curve["seed"] for curve in own]) for name, own in curves.items()] == [
-        ("eat-tiny vote: shift PGD-1", [0, 1]), ("eat-tiny concat: shift PGD-1", [0, 1]),
-        ("at-tiny: shift PGD-1", [0])]
-    for run, rule, curve in ((runs[1], "concat", curves["eat-tiny concat: shift PGD-1"][1]),
-                             (runs[2], "member_1", curves["at-tiny: shift PGD-1"][0])):
-        clean, entries = stored(run)["clean"]["by_rule"][rule], {
-            entry["eps_255"]: entry for entry in stored(run)["robust"] if entry["rule"] == rule
-            and entry["protocol"] == "clustering"}
-        assert curve["eps_255"] == sorted(entries) == pytest.approx([0, 8, 64])
-        for metric in ("R@1", "NMI"):
-            assert curve[metric] == [entries[eps][metric] for eps in curve["eps_255"]]
-            assert entries[0][metric] == clean[metric]             # a radius of 0 is no attack
-        assert curve["clean_R@1"] == clean["R@1"]
-        assert curve["eps50"] == evaluator.half_radius(
-            {0: clean["R@1"], **dict(zip(curve["eps_255"], curve["R@1"]))})
-    monkeypatch.setattr(common, "evaluate_set", must_not_run)
-    evaluate(*command, "--figures", tmp_path / "again")
-    for name in ("sweep-eps.json", "sweep-eps.png", "embeddings.png", "retrieval.png"):
-        assert (tmp_path / "again" / name).read_bytes() == \
-            (tmp_path / "first" / name).read_bytes()
+def test_a_list_of_radii_is_a_curve_from_the_clean_score_and_its_eps50():
+    curves = figures.sweep_curves(curve_report(), "eps_255")
+    assert list(curves) == ["at: shift PGD-10"]
+    first, second = curves["at: shift PGD-10"]
+    assert first["eps_255"] == [0, 2, 8] and first["seed"] == 0
+    assert first["R@1"] == [0.8, 0.6, 0.2] and first["F1"] == [0.7, 0.3, 0.3]
+    assert (first["eps50"], second["eps50"]) == (pytest.approx(5), pytest.approx(8))
 
 
-def test_two_sweeps_share_an_attack_and_draw_each_its_own(runs, tmp_path, plt):
-    evaluate(runs[2], "--workers", "0", "--protocol", "template", "--sweep-eps", "0", "0.01",
-             "--sweep-steps", "1", "5", "--figures", tmp_path / "out")
-    found = [(entry["eps"], entry["steps"], entry["step"]) for entry in stored(runs[2])["robust"]
-             if entry["protocol"] == "template"]
-    assert found == [(0, 5, 0), (0.01, 5, pytest.approx(0.004)), (0.01, 1, 0.02)]
-    curves = json.loads((tmp_path / "out" / "sweep-steps.json").read_text())
-    assert curves["at-tiny: neighbour PGD, eps 2.55/255"][0]["steps"] == [1, 5]
-    assert list(json.loads((tmp_path / "out" / "sweep-eps.json").read_text())) == [
-        "at-tiny: neighbour PGD-5"]
+def test_a_list_of_steps_is_a_curve_without_a_clean_point():
+    (curves,) = figures.sweep_curves(curve_report(), "steps").items()
+    assert curves[0] == "at: shift PGD, eps 8/255"
+    assert curves[1][0]["steps"] == [1, 2, 10] and curves[1][0]["R@1"] == [0.5, 0.25, 0.2]
 
 
-def test_the_values_of_the_sweeps_and_their_step_sizes():
-    radii = [round(attack.eps * 255, 6) for attack in attack_of("--sweep-eps")]
-    assert radii == [0, 2, 4, 8, 16, 32, 64]
-    steps = attack_of("--sweep-steps")
-    assert [attack.steps for attack in steps] == [1, 2, 5, 10, 20, 50]
-    assert {attack.step_size for attack in steps} == {2 / 255}
-    assert {attack.step_size * attack.steps / attack.eps for attack in
-            attack_of("--sweep-steps", "--protocol", "template")} == {2}
-    both = attack_of("--sweep-eps", "--sweep-steps", "--attack", "pgd")
-    assert len(both) == 7 + 6 - 1
-    (shown,) = attack_of("--sweep-eps", "--sweep-steps", swept=False)
-    assert (shown.eps, shown.steps) == (8 / 255, 10)
-    assert len(attack_of("--eps", "8/255", "8/255")) == 1
+def test_a_curve_shows_the_chosen_rules_and_the_mean_over_seeds_of_the_attack():
+    rules = ("vote", "member_1", "concat")
+    records = [record_of({rule: {"R@1": recall, "F1": 0.5} for rule in rules}, eps=eps / 255,
+                         seed=seed) for eps, seed, recall in
+               ((2, 0, 0.4), (2, 1, 0.6), (4, 0, 0.2), (4, 1, 0.0))]
+    report = [outcome_of("eat-s0", 0, 0.8, records, rules)]
+    for scores in report[0]["clean"]["scores"].values():
+        scores["F1"] = 0.9
+    curves = figures.sweep_curves(report, "eps_255", ["concat"])
+    assert list(curves) == ["eat concat: shift PGD-10"]
+    assert curves["eat concat: shift PGD-10"][0]["R@1"] == pytest.approx([0.8, 0.5, 0.1])
+    assert list(figures.sweep_curves(report, "eps_255")) == ["eat vote: shift PGD-10"]
 
 
-def test_bfloat16_is_shown_when_it_is_measured_as_when_it_is_read_back(runs, capsys):
-    tables = []
-    for _ in range(2):
-        evaluate(runs[2], *HERE, "--amp", "--sweep-eps", "0", "8/255")
-        tables.append(capsys.readouterr().out.split("scores in %")[1])
-    assert tables[0] == tables[1] and " - " not in tables[0]
+def test_members_stand_beside_other_defenses():
+    rules = ("vote", "member_1", "member_2", "member_mean", "concat")
+    both = record_of({rule: {"R@1": 0.5} for rule in rules})
+    alone = [record_of({rule: {"R@1": 0.1 if rule == own else 0.7} for rule in rules},
+                       against=own) for own in ("member_1", "member_2")]
+    weak = record_of({rule: {"R@1": 0.9} for rule in rules}, eps=1 / 255)
+    report = [outcome_of("at-s0", 0, 0.8, [weak, record_of({"member_1": {"R@1": 0.3}})][1:]),
+              outcome_of("eat-s0", 0, 0.9, [weak, both, *alone], rules)]
+    scores = figures.member_scores(report)
+    assert scores["at"] == [{"seed": 0, "member_1": {"clean": 0.8, "shared": 0.3}}]
+    assert scores["eat"][0] == {"seed": 0, "vote": {"clean": 0.9, "shared": 0.5},
+                                "member_1": {"clean": 0.9, "shared": 0.5, "alone": 0.1},
+                                "member_2": {"clean": 0.9, "shared": 0.5, "alone": 0.1}}
 
 
-@pytest.mark.parametrize("radii, scores, clean, half", [
-    ([0, 8], [0.8, 0.0], 0.8, 4), ([8], [0.0], 0.8, 4),            # clean is at 0
-    ([2, 4, 8], [0.9, 0.7, 0.3], 1.0, 6), ([2, 4], [0.5, 0.4], 1.0, 2),
-    ([2, 8, 16, 32], [0.6, 0.2, 0.9, 0.1], 0.8, 5),                # the first time
-    ([0, 64], [1.0, 0.51], 1.0, None), ([0, 8], [0.0, 0.0], 0.0, 0)])
-def test_eps50_is_where_recall_halves(radii, scores, clean, half):
-    curve = {0: clean, **dict(zip(radii, scores))}
-    assert evaluator.half_radius(curve) == pytest.approx(half)
+def test_members_are_bars_with_the_range_over_seeds(plt):
+    scores = {"at": [{"seed": seed, "member_1": {"clean": 0.8, "shared": 0.3 + seed / 10}}
+                     for seed in (0, 1)],
+              "eat": [{"seed": 0, "vote": {"clean": 0.9, "shared": 0.5},
+                       "member_1": {"clean": 0.9, "shared": 0.5, "alone": 0.1}}]}
+    figure = figures.draw_members(plt, scores)
+    heights = [bar.get_height() for bar in figure.axes[0].patches]
+    assert heights == pytest.approx([35, 50, 50, 10])
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == [
+        "at", "eat vote", "eat member_1"]
 
+
+def test_training_curves_are_those_of_the_log(tmp_path, plt):
+    for name, losses in (("eat-s0", {"clean": 1.0, "adversarial": 2.0}), ("hm-s0", {"loss": 3.0})):
+        (tmp_path / name).mkdir()
+        lines = [{"epoch": epoch, **losses, "lr": 0.1,
+                  **({f"{side}_{metric}": epoch / 10 for side in ("clean", "robust")
+                      for metric in ("R@1", "mAP@R")} if epoch % 2 == 0 else {})}
+                 for epoch in (1, 2, 3, 4)]
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n"
+                                                           for line in lines))
+    curves = figures.training_curves([tmp_path / "eat-s0", tmp_path / "hm-s0"])
+    assert curves["eat"] == [{"epoch": [2, 4], "loss": [2.0, 2.0], "clean_R@1": [0.2, 0.4],
+                              "robust_R@1": [0.2, 0.4], "clean_mAP@R": [0.2, 0.4],
+                              "robust_mAP@R": [0.2, 0.4]}]
+    assert curves["hm"][0]["loss"] == [3.0, 3.0]
+    figure = figures.draw_curves(plt, curves, "epoch", figures.LOGGED)
+    assert [len(axis.lines) for axis in figure.axes] == [2] * 5
+    assert figure.axes[0].lines[0].get_ydata() == pytest.approx([2, 2])    # no percent
+    assert figure.axes[1].lines[0].get_ydata() == pytest.approx([20, 40])
+
+
+# ---- pictures
 
 def test_curves_show_the_mean_and_the_range_over_seeds(plt):
-    curves = {"one": [{"eps_255": [0, 64], "R@1": [0.8, low], "eps50": half}
-                      for low, half in ((0.0, 32.0), (0.4, None), (0.2, 40.0))],
+    curves = {"one$": [{"eps_255": [0, 64], "R@1": [0.8, low], "F1": [0.5, 0.5], "eps50": half}
+                       for low, half in ((0.0, 32.0), (0.4, None), (0.2, 40.0))],
               "two": [{"eps_255": [0, 64], "R@1": [0.8, 0.7], "eps50": None}]}
-    figure = evaluator.draw_curves(plt, curves, "eps_255", {"R@1": "Recall"})
-    first, _ = figure.axes[0].lines
-    assert first.get_ydata() == pytest.approx([80, 20])
+    figure = figures.draw_curves(plt, curves, "eps_255", figures.METRICS)
+    assert len(figure.axes) == 1                                          # one has no F1
+    assert figure.axes[0].lines[0].get_ydata() == pytest.approx([80, 20])
     band = figure.axes[0].collections[0].get_paths()[0].vertices
     assert band[:, 1].min() == 0 and band[band[:, 0] == 64, 1].max() == pytest.approx(40)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        "one, eps50 40.0", "two, eps50 > 64"]
+        r"one\$, eps50 40.0", "two, eps50 > 64"]
 
 
-# ---- members alone
-
-def test_members_attacked_alone_stand_beside_the_shared_attack(runs, tmp_path, plt, capsys,
-                                                               monkeypatch):
-    evaluate(*runs[:2], *HERE, "--eps", "4/255")
-    before = stored(runs[0])["robust"]
-    capsys.readouterr()
-    command = [*runs[:2], *HERE, "--eps", "4/255", "--per-member"]
-    evaluate(*command, "--table", tmp_path / "table", "--figures", tmp_path / "out")
-    assert "eat-tiny-s0 member_2 alone" in capsys.readouterr().out
-    after = stored(runs[0])["robust"]
-    assert after[:len(before)] == before and not any("alone" in entry for entry in before)
-    alone = after[len(before):]
-    assert [(entry["rule"], entry["against"]) for entry in alone] == \
-        [("member_1", "member_1"), ("member_2", "member_2")]
-    shared = {entry["rule"]: entry for entry in before[-6:]}
-    bars = json.loads((tmp_path / "out" / "per-member.json").read_text())["eat-tiny"]
-    assert [seed["seed"] for seed in bars] == [0, 1]
-    assert bars[0]["member_2"] == {"clean": stored(runs[0])["clean"]["by_rule"]["member_2"]["R@1"],
-                                   "shared": shared["member_2"]["R@1"], "alone": alone[1]["R@1"]}
-    assert bars[0]["vote"].keys() == {"clean", "shared"}
-    assert "per-member.png" in written(tmp_path / "out")
-    table = json.loads((tmp_path / "table.json").read_text())["rows"]
-    assert [(row["name"], row["attacked"]["NMI"][0]) for row in table if row["attack"] == "alone"
-            ][:1] == [("eat-tiny member_1",
-                       pytest.approx((alone[0]["NMI"] + stored(runs[1])["robust"][-2]["NMI"]) / 2))]
-    monkeypatch.setattr(common, "evaluate_set", must_not_run)
-    for more in ([], ["--per-member"]):                            # neither reads the other's
-        evaluate(*runs[:2], *HERE, "--eps", "4/255", *more)
-        assert ("alone" in capsys.readouterr().out) == bool(more)
-    found = common.entries_of(after, attack_of(*HERE, "--eps", "4/255")[0])
-    assert found == before[-6:]
-
-
-@pytest.mark.parametrize("options", [(), ("--protocol", "template"), (
-    "--protocol", "template", "--objective", "targeted-nearest", "--min-eps", "--attack", "pgd")])
-def test_a_member_alone_scores_like_a_run_of_this_member(options, runs, tmp_path):
-    evaluate(runs[0], *HERE, "--per-member", *options)
-    wanted = [entry for entry in stored(runs[0])["robust"] if entry.get("against") == "member_2"]
-    checkpoint = torch.load(runs[0] / "last.pt")
-    torch.save({**checkpoint, "members": checkpoint["members"][1:]}, tmp_path / "second.pt")
-    evaluate(tmp_path / "second.pt", *HERE, *options, "--json", tmp_path / "second.json")
-    found = json.loads((tmp_path / "second.json").read_text())[0]["robust"]
-    for entry in [*wanted, *found]:
-        for name in ("rule", "against", "alone", "seconds"):
-            entry.pop(name, None)
-    assert wanted == found and len(found) == 1 + ("--min-eps" in options)
-
-
-# ---- pictures of an attack
-
-@pytest.mark.parametrize("protocol, has_gallery", [("clustering", False), ("template", True)])
-def test_the_sheet_shows_the_attacked_images_and_their_neighbours(protocol, has_gallery, runs, plt,
-                                                                  monkeypatch):
-    whole = evaluator.open_run
-
-    def opened(*arguments):
-        members, test = whole(*arguments)
-        if has_gallery:
-            names = [test.classes[label] for label in test.labels]
-            parts = [common.ImageSet(test.paths[i::2], names[i::2], 32, classes=test.classes)
-                     for i in (0, 1)]
-            test, test.gallery = parts
-        return members, test
-
-    monkeypatch.setattr(evaluator, "open_run", opened)
-    args = evaluator.parse_args([str(runs[0]), "--protocol", protocol, "--batch-size", "5",
-                                 "--restarts", "2", *HERE])
-    test, retrieval, attack, spaces = evaluator.attacked_spaces(
-        common.load_checkpoint(runs[0]), args, torch.device("cpu"))
-    figure = evaluator.draw_retrieval(plt, "run", test, retrieval, attack, spaces)
-    candidates, rows = test.gallery or test, evaluator.spread_rows(test.labels, 6).tolist()
-    assert torch.tensor([test.labels[row] for row in rows]).bincount().tolist() == [2, 2, 2]
-
-    def embedded(image):
-        return torch.cat([member(image[None])[0] for member in retrieval.models]) / 2**0.5
-
-    for i, row in enumerate(rows):
-        axes = figure.axes[9 * i:9 * i + 9]
-        images = [torch.tensor(axis.images[0].get_array()).permute(2, 0, 1) for axis in axes]
-        assert torch.equal(images[0], test[row][0])
-        assert (images[4] - images[0]).abs().max() <= attack.eps + 1e-6
-        assert torch.allclose(images[5], (images[4] - images[0]) / (2 * attack.eps) + 0.5,
-                              atol=1e-4)
-        assert torch.allclose(embedded(images[4]), spaces[1][0][row], atol=1e-4)
-        for (own, gallery), start in zip(spaces, (1, 6)):
-            gallery = own if gallery is None else gallery
-            distance = (gallery - own[row]).norm(dim=1)
-            if not has_gallery:
-                distance[row] = math.inf
-            for axis, image, j in zip(axes[start:], images[start:], distance.argsort()[:3]):
-                assert torch.allclose(embedded(image), gallery[j], atol=1e-4)
-                assert (image - candidates[int(j)][0]).abs().max() <= attack.eps + 1e-6
-                right = bool(candidates.labels[j] == test.labels[row])
+@pytest.mark.parametrize("protocol, other", [("clustering", "attacked"), ("template", "clean")])
+def test_the_sheet_shows_the_nearest_images_before_and_after(protocol, other, plt, tmp_path):
+    view = figures.view_of(saved(tmp_path / "a.npz", protocol, members=2, move=0.6))
+    assert view["clean"].shape == (24, 16)
+    assert np.linalg.norm(view["clean"], axis=1) == pytest.approx(np.ones(24))
+    figure = figures.draw_retrieval(plt, view)
+    assert len(figure.axes) == 6 * 9
+    for line in np.array(figure.axes).reshape(6, 9):
+        images = [np.array(axis.images[0].get_array()).transpose(2, 0, 1) for axis in line]
+        (row,) = [i for i in range(24) if np.array_equal(view["images_clean"][i], images[0])]
+        assert np.array_equal(images[4], view["images_attacked"][row])
+        for own, among, first, side in (("clean", "clean", 1, "clean"),
+                                        ("attacked", other, 6, other)):
+            distance = np.linalg.norm(view[among] - view[own][row], axis=1)
+            distance[row] = np.inf
+            for axis, image, near in zip(line[first:], images[first:], distance.argsort()[:3]):
+                assert np.array_equal(image, view[f"images_{side}"][near])
+                right = view["labels"][near] == view["labels"][row]
                 assert axis.texts[0].get_text() == ("\u2713" if right else "\u2717")
                 assert (axis.spines["top"].get_linestyle() == "-") == right
+        assert line[1].texts[0].get_text() == "\u2713"                    # right before the attack
+
+
+def test_only_queries_whose_neighbours_were_saved_are_shown(plt, tmp_path):
+    rows = np.arange(18)                                                  # three classes are out
+    view = figures.view_of(saved(tmp_path / "a.npz", move=0.3, rows=rows))
+    assert len(figures.draw_retrieval(plt, view).axes) % 9 == 0
+    view["rows"] = view["rows"][:1]
+    assert figures.draw_retrieval(plt, view) is None
 
 
 def test_rows_are_spread_over_the_classes():
-    labels = torch.tensor([2, 0, 0, 0, 1, 2, 1])
-    assert evaluator.spread_rows(labels, 4).tolist() == [1, 4, 0, 2]
-    assert evaluator.spread_rows(labels, 99).tolist() == [1, 4, 0, 2, 6, 5, 3]
-    assert labels[evaluator.spread_rows(labels, 2)].tolist() == [0, 2]
+    labels = np.array([2, 0, 0, 0, 1, 2, 1])
+    assert figures.spread_rows(labels, 4).tolist() == [1, 4, 0, 2]
+    assert figures.spread_rows(labels, 99).tolist() == [1, 4, 0, 2, 6, 5, 3]
+    assert labels[figures.spread_rows(labels, 2)].tolist() == [0, 2]
 
 
 def test_embeddings_before_and_after_share_a_map(monkeypatch):
-    manifold = pytest.importorskip("sklearn.manifold")
+    pytest.importorskip("sklearn.manifold")
     points = np.random.default_rng(0).normal(size=(12, 8))
-    used = []
-    whole = manifold.TSNE
-    monkeypatch.setattr(manifold, "TSNE", lambda **options: used.append(options) or
-                        whole(**options))
-    how, both = evaluator.in_plane(points, -points)
+    how, both = figures.in_plane(points, -points)
     assert how == ", t-SNE" and both.shape == (24, 2) and np.isfinite(both).all()
-    assert used[0].items() >= {"perplexity": 23 / 3, "random_state": 0}.items()
-    assert np.array_equal(evaluator.in_plane(points, -points)[1], both)
-    assert np.isfinite(evaluator.in_plane(0 * points, 0 * points)[1]).all()   # collapsed
-    assert evaluator.in_plane(points[:, :2], points[:, :2])[0] == ""         # it is a plane
+    assert np.array_equal(figures.in_plane(points, -points)[1], both)
+    assert np.isfinite(figures.in_plane(0 * points, 0 * points)[1]).all()  # collapsed
+    assert figures.in_plane(points[:, :2], points[:, :2])[0] == ""        # it is a plane
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
-    how, both = evaluator.in_plane(points, -points)
-    assert "PCA" in how and both[:12] == pytest.approx(-both[12:])
+    with pytest.raises(common.UserError, match="pip install scikit-learn"):
+        figures.in_plane(points, -points)
 
 
-def test_arrows_go_from_clean_to_attacked(plt):
-    start = np.random.default_rng(0).normal(size=(9, 2))
-    start /= np.linalg.norm(start, axis=1, keepdims=True)
-    views = {f"run{number}": {
-        "run": "run", "attack": "attack", "classes": ["a", "b"], "labels": np.arange(9) % 2,
-        "clean": start, "attacked": -start, "shift": np.full(9, 2.0)}
-        for number in range(9)}
-    figure = evaluator.draw_shift(plt, views)
-    arrows = figure.axes[0].collections[0]
-    moved = np.stack([arrows.U, arrows.V], 1)
-    assert np.linalg.norm(moved, axis=1) == pytest.approx(2)
-    assert arrows.XY == pytest.approx(-moved / 2)
-    assert len(figure.legends[0].get_texts()) == 9 == sum(len(axis.collections) == 2
-                                                          for axis in figure.axes)
+def test_attacked_points_in_the_plane_have_a_line_to_their_nearest_clean_neighbour(plt, tmp_path):
+    view = figures.view_of(saved(tmp_path / "a.npz", "template", dim=2, move=0.5))
+    clean, attacked = figures.draw_embeddings(plt, [view]).axes
+    ends = [line.get_xydata() for line in attacked.lines if len(line.get_xydata()) == 2]
+    assert len(ends) == 24 and len(clean.lines) == 1                      # the circle
+    for start, end in ends:
+        (row,) = (np.abs(view["attacked"] - start).sum(1) < 1e-9).nonzero()[0][:1]
+        distance = np.linalg.norm(view["clean"] - start, axis=1)
+        distance[row] = np.inf
+        assert view["clean"][distance.argmin()] == pytest.approx(end)
 
 
-# ---- bad input
-
-@pytest.mark.parametrize("bad, words", [
-    ("--sweep-eps --eps 8/255", "--eps"), ("--sweep-eps 8/255", "two values"),
-    ("--sweep-steps --attack-steps 3", "--attack-steps"), ("--sweep-steps 0 2", "0"),
-    ("--sweep-eps --protocol template --min-eps", "--min-eps"), ("--sweep-eps 8", "8/255"),
-    ("--sweep-eps --protocol ers", "--sweep-eps"), ("--per-member --protocol ers", "--per-member"),
-    ("--sweep-steps --attack fgsm", "fgsm"), ("--sweep-eps --per-member", "--per-member"),
-    ("--per-member --objective worst", "alone"), ("--per-member --attack curve", "alone"),
-    ("--per-member --against concat", "alone"),
-    ("--figures out --protocol ers", "--figures"), ("--per-member", "at-tiny-s0")])
-def test_bad_combinations_are_one_line(bad, words, runs, fails, monkeypatch):
-    monkeypatch.setattr(common, "evaluate_set", must_not_run)
-    fails(2, [words], evaluator, *runs, *bad.split())
+def test_a_histogram_shows_how_far_queries_move(plt, tmp_path):
+    views = [figures.view_of(saved(tmp_path / f"{move}.npz", move=move)) for move in (0.2, 0.5)]
+    for view in views:
+        cosine = (view["clean"] * view["attacked"]).sum(1)
+        assert view["shift"] == pytest.approx(1 - cosine) and view["shift"].min() > 0
+    figure = figures.draw_shift(plt, views)
+    assert len(figure.axes[0].patches) == 2
+    assert "0.5: clustering: shift" in figure.legends[0].get_texts()[1].get_text()
 
 
-def test_a_sweep_without_matplotlib_is_one_line_before_any_attack(runs, tmp_path, fails,
-                                                                  monkeypatch):
+def test_costs_are_points_of_every_defense(plt):
+    rows = [{"name": name, "beside": {"seconds": seconds}, "clean": {"R@1": [0.5, 0.1]},
+             "attacked": attacked} for name, seconds, attacked in (
+                 ("at-glyphs-convnet", "10", {"R@1": [0.25, None]}),
+                 ("at-glyphs-convnet", "10", {"ERS": [30.0, 1.0]}),
+                 ("eat-glyphs-convnet concat", "20", {"R@1": [0.9, None]}),
+                 ("eat-glyphs-convnet vote", "20", {"R@1": [0.35, None]}))]
+    figure = figures.draw_costs(plt, {"rows": rows + [{**rows[0], "name": "other", "beside": {}}]})
+    points = [{text.get_text(): tuple(text.xy) for text in axis.texts} for axis in figure.axes]
+    assert points == [{"at": (10, 50), "eat": (20, 50)}, {"at": (10, 25), "eat": (20, 35)},
+                      {"at": (10, 30)}]
+
+
+# ---- the command line
+
+def test_pictures_and_their_numbers_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluator, "main", lambda args: curve_report())
+    out = tmp_path / "out"
+    figures.main(figures.parse_args([str(out), "--", str(tmp_path / "at-s*"), "--eps", "2/255"]))
+    assert {path.name for path in out.iterdir()} == {
+        "sweep-eps.png", "sweep-eps.json", "sweep-steps.png", "sweep-steps.json"}
+    files = [str(saved(tmp_path / f"{name}.npz", move=0.4)) for name in ("natural", "robust")]
+    figures.main(figures.parse_args([str(out), "--saved", *files]))
+    assert {"embeddings.png", "shift.png", "retrieval-natural.png", "retrieval-robust.png"} <= {
+        path.name for path in out.iterdir()}
+
+
+def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        figures.parse_args(["out"])
+    assert "nothing to draw" in capsys.readouterr().err
+    with pytest.raises(common.UserError, match="--save-embeddings"):
+        figures.main(figures.parse_args(["out", "--saved", str(tmp_path / "no.npz")]))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(common, "evaluate_set", must_not_run)
-    fails(2, ["pip install matplotlib"], evaluator, *runs, *HERE, "--sweep-eps", "--figures",
-          tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(common.UserError, match="pip install matplotlib"):
+        figures.main(figures.parse_args([str(tmp_path / "out"), "--saved", "x.npz"]))
