@@ -717,7 +717,9 @@ class EmbeddingModel(nn.Module):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
             maps = self.backbone(normalised)                          # (B, channels, h, w)
         maps = maps.float() if self.amp else maps
-        pooled = maps.mean((2, 3)) + (maps.amax((2, 3)) if self.pool == "avgmax" else 0)
+        pooled = maps.mean((2, 3))
+        if self.pool == "avgmax":
+            pooled = pooled + maps.amax((2, 3))
         return F.normalize(self.head(pooled), dim=1)
 
 
@@ -864,8 +866,7 @@ def load_weights(network, state, arch, weights):
 
 @contextlib.contextmanager
 def frozen(*models):
-    """Evaluation mode, and no gradients of parameters, inside the `with`: so attacks are crafted.
-    Afterwards every module and parameter is as it was."""
+    """Evaluation mode and no gradients of parameters inside the `with`, where attacks are made."""
     modules = [module for model in models if isinstance(model, nn.Module)
                for module in model.modules()]
     training = [module for module in modules if module.training]
@@ -902,9 +903,9 @@ def load_model(run, device="cpu") -> list[nn.Module]:
             model = build_model(checkpoint["args"]["arch"], checkpoint["args"]["embedding_dim"])
             model.load_state_dict(state)
             members.append(model.to(device).eval())
+        return members
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise UserError(f"a network of the checkpoint is damaged ({error}): restore it") from error
-    return members
 
 
 # ---- data ------------------------------------------------------------------------------------
@@ -1075,7 +1076,6 @@ def _images_by_class(folder):
 
 
 # Each lists [(path, class name)] per side, or returns None where its archive is not found.
-
 def _split_by_class_id(listing, first_test):
     """Class folders are numbered, `001.Name`: ids up to first_test - 1 train, the rest test."""
     train = [item for item in listing if int(item[1].split(".")[0]) < first_test]

@@ -7,9 +7,7 @@
 
     python eval.py runs/eat-cub-mobilenetv2-s0              # all it needs is in the checkpoint
     python eval.py runs/* --protocol template --eps 0.05    # one table over all runs
-    python eval.py runs/* --protocol template --attack pgd fgsm cw --eps 0.01 0.05 --seed 0 1 2
     python eval.py runs/eat-glyphs-convnet-s0 --objective worst    # the worst of many attacks
-    python eval.py runs/eat-glyphs-convnet-s0 --against member_1 member_2 member_3
     python eval.py runs/eat-glyphs-convnet-s0 --checks      # do its scores mean anything?
     from eval import evaluate_robustness                    # your own model: README
 
@@ -56,14 +54,14 @@ def evaluate_robustness(embed, images_or_loader, labels=None, *, protocol="clust
     pixel values. None: the protocol's own. restarts keep the highest objective per image.
     Returns scores in [0, 1] as they stand in results.json: clean["R@1"] and robust[0]["R@1"] are
     the headline rule's (the vote of an ensemble), "scores" has every rule's. objective "worst":
-    robust[0] is the worst of many attacks, whose records follow. Modes, gradients and the state of
-    the random generators are afterwards as before.
-    Raises ValueError when images are outside [0, 1] or arguments do not fit together.
+    robust[0] is the worst of many attacks, whose records follow. Modes, gradients and random states
+    are afterwards as before. ValueError: images outside [0, 1], arguments that do not fit together.
     """
     attack = attack_of(protocol, attack, objective=objective, eps=eps, step_size=step_size,
                        steps=steps, restarts=restarts, seed=seed)
-    with opened(embed, images_or_loader, labels, ks, batch_size, device) as (retrieval, models):
-        warnings = [text for _, passed, text in cheap_checks(retrieval, models) if not passed]
+    with opened(embed, images_or_loader, labels, ks, batch_size, device,
+                attack.attack) as (retrieval, models, warnings):
+        warnings += [text for _, passed, text in cheap_checks(retrieval, models) if not passed]
         return {"clean": common.clean_scores(retrieval, seed),
                 "robust": measured(retrieval, attack), "warnings": warnings}
 
@@ -78,7 +76,8 @@ def check_robustness(embed, images_or_loader, labels=None, *, protocol="clusteri
     """
     attack = attack_of(protocol, objective=objective, eps=eps, step_size=step_size, steps=steps,
                        restarts=restarts, seed=seed)
-    with opened(embed, images_or_loader, labels, (1,), batch_size, device) as (retrieval, models):
+    with opened(embed, images_or_loader, labels, (1,), batch_size, device,
+                attack.attack) as (retrieval, models, _):
         others = [] if transfer_from is None else listed(transfer_from)
         return [{"name": name, "passed": passed, "text": text}
                 for name, passed, text in checks(retrieval, attack, models, others)]
@@ -89,30 +88,44 @@ def listed(embed):
 
 
 def unit(model):
-    """The model with unit embeddings; it gets a copy of its input."""
-    return lambda images: F.normalize(model(images.clone()), dim=1)
+    """The model with unit embeddings (B, D), float32; it gets a copy of its input."""
+    return lambda images: F.normalize(model(images.clone()).view(len(images), -1).float(), dim=1)
 
 
 @contextlib.contextmanager
-def opened(embed, images_or_loader, labels, ks, batch_size, device):
-    """(Retrieval, the models as they are); afterwards all else is as before."""
-    models = listed(embed)
+def opened(embed, images_or_loader, labels, ks, batch_size, device, attack):
+    """(Retrieval, the models as they are, warnings); afterwards all else is as before."""
+    models, strays = listed(embed), []
     modules = [model for model in models if isinstance(model, nn.Module)]
-    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=cuda), common.frozen(*modules):
+
+    def calm(module, _):                       # a module that a function hides, about to be called
+        if getattr(module, "training", False):
+            module.training = False
+            strays.append(module)
+
+    with contextlib.ExitStack() as stack:
+        cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        stack.enter_context(common.frozen(*modules))
+        stack.callback(lambda: [setattr(module, "training", True) for module in strays])
+        stack.callback(nn.modules.module.register_module_forward_pre_hook(calm).remove)
         images, labels = images_and_labels(images_or_loader, labels)
         parameters = itertools.chain(*(module.parameters() for module in modules))
         device = next(parameters, images).device if device is None else device
         for model in models:
-            with torch.no_grad():
-                shape = tuple(getattr(model(images[:2].to(device)), "shape", ()))
-            if len(shape) != 2 or shape[0] != 2:
-                raise ValueError(f"embed must return embeddings (B, D): found {shape} for B = 2")
+            e = model(images[:2].to(device).clone().requires_grad_())
+            if getattr(e, "ndim", 0) != 2 or len(e) != 2:
+                found = tuple(getattr(e, "shape", ()))
+                raise ValueError(f"embed must return embeddings (B, D): found {found} for B = 2")
+            if attack != "square" and not e.requires_grad:
+                raise ValueError("the embeddings have no gradient: drop no_grad, inference_mode "
+                                 "and detach inside embed, or attack with square")
         yield common.Retrieval(
             [unit(model) for model in models],
             lambda: ((images[rows].to(device), None, rows)
                      for rows in torch.arange(len(images)).split(batch_size)),
-            labels.to(device), ks=ks), models
+            labels.to(device), ks=ks), models, ["a network inside embed was in training mode: it "
+                                                "is in evaluation mode here"] * bool(strays)
 
 
 def images_and_labels(images, labels):
@@ -121,15 +134,20 @@ def images_and_labels(images, labels):
     images = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
     if not isinstance(images, torch.Tensor):
         batches = list(images) if labels is None else []
-        if not batches:
-            raise ValueError(f"{form}: found a loader that is empty, or labels beside it")
-        images, labels = (torch.cat([torch.as_tensor(part) for part in parts])
-                          for parts in zip(*batches))
+        if batches and isinstance(batches[0], dict):
+            batches = [[next((batch[key] for key in (name, f"{name}s") if key in batch), None)
+                        for name in ("image", "label")] for batch in batches]
+        if not batches or batches[0][0] is None or batches[0][1] is None:
+            raise ValueError(f"{form}: found an empty loader, other keys, or labels beside it")
+        images, labels = (torch.cat([torch.as_tensor(batch[i]) for batch in batches])
+                          for i in (0, 1))
     labels = torch.as_tensor([0.5] if labels is None else labels)
     if images.dim() != 4 or labels.shape != images.shape[:1] or len(labels) < 2 \
             or labels.is_floating_point():
         raise ValueError(f"{form}: found {tuple(images.shape)}, {tuple(labels.shape)}, "
                          f"{labels.dtype}")
+    if len(labels.unique()) < 2 or labels.unique(return_counts=True)[1].max() < 2:
+        raise ValueError("nothing to retrieve: give images of two classes, and two of one of them")
     low, high = float(images.min()), float(images.max())
     if not (low >= -1e-5 and high <= 1 + 1e-5):
         cure = "divide by 255" if high > 50 else ("eps counts pixel values, so normalise inside "
@@ -161,8 +179,7 @@ def attack_of(protocol, attack="pgd", *, objective=None, against="sum", eps=None
     of two starts (joint: the last of one), the step halved twice, and Square beside them.
     """
     if protocol not in PROTOCOLS or attack not in METHODS:
-        raise UserError(f"unknown protocol or attack {protocol}, {attack}: choose one of "
-                        f"{', '.join(PROTOCOLS)} and one of {', '.join(METHODS)}")
+        raise UserError(f"unknown {protocol} or {attack}: give one of {[*PROTOCOLS, *METHODS]}")
     numbers = PROTOCOLS[protocol] | METHODS[attack]
     objective = objective or numbers["objective"]
     eps = numbers["eps"] if eps is None else eps
@@ -185,8 +202,7 @@ def attack_of(protocol, attack="pgd", *, objective=None, against="sum", eps=None
              "--attack strong is a frozen recipe: drop --step-size, --attack-steps and --restarts"),
             (restarts > 1 and (joint or ers or attack in ("square", "cw")),
              f"{objective} with {attack} has one start: drop --restarts {restarts}"),
-            (not 0 <= eps <= 1, f"eps {eps:g} is not between 0 and 1, as pixel values are: did you "
-                                f"mean {abs(eps):g}/255?")):
+            (not 0 <= eps <= 1, f"eps {eps:g} is not in [0, 1]: did you mean {eps:g}/255?")):
         if refused:
             raise UserError(reason)
     if step_size is None or attack in ("fgsm", "square"):
@@ -369,8 +385,8 @@ def targets(retrieval, attack):
     ranked, order = names.sort(stable=True)                   # a class is one block of the order
     first = torch.searchsorted(ranked, labels)
     size = torch.searchsorted(ranked, labels, right=True) - first
-    stream = common.random_stream(attack.seed, 0, common.TARGETS)
-    draw = torch.from_numpy(stream.random(len(labels))).to(labels.device)
+    draw = common.random_stream(attack.seed, 0, common.TARGETS).random(len(labels))
+    draw = torch.from_numpy(draw).to(labels.device)
     place = (draw * (len(names) - size)).long()
     return order[place + size * (place >= first)]
 
@@ -417,9 +433,8 @@ def ascend(objective, images, eps, step_size, steps):
 
 def square(objective, images, eps, queries):
     """Square Attack (Andriushchenko et al., ECCV 2020, Alg. 1 and 2), l_inf: random search without
-    gradients. Of every image, a square window of ever smaller side goes to +-eps, one sign a
-    channel, and stays where the objective rises. Starts at vertical stripes of +-eps; sides as in
-    the authors' code, from 0.8 of the area.
+    gradients. From vertical stripes of +-eps on, a square window of ever smaller side goes to
+    +-eps, one sign a channel, and stays where the objective rises; sides as in the authors' code.
     """
     def signs(*shape):
         return 2.0 * torch.randint(2, shape, device=images.device) - 1
@@ -452,8 +467,7 @@ def carlini_wagner(objective, succeeded, images, eps, step_size, steps):
     `steps` of Adam at learning rate step_size. tau begins at 1; a success within tau makes it 0.9
     times the largest change, a failure doubles c, which begins at 0.1. An image ends with a change
     of at most eps (a smaller one changes no score), tau below 1/256, c above 20, or after 30
-    rounds. Clamping instead of tanh keeps it in [0, 1]. objective(x, i) -> (B,) and succeeded(x, i)
-    -> bool (B,) see some of the images, i: their numbers.
+    rounds. objective(x, i) -> (B,) and succeeded(x, i) -> bool (B,) see some of the images, i.
     Returns, per image, the success with the smallest |x' - x|_inf or else the last iterate.
     """
     shape = (-1, 1, 1, 1)
@@ -493,8 +507,7 @@ def carlini_wagner(objective, succeeded, images, eps, step_size, steps):
 
 
 def missed(spaces, embeddings, rows):
-    """bool (B,): the queries whose nearest candidate, by vote of the members, is of another class.
-    spaces: one per member."""
+    """bool (B,): the queries whose nearest candidate, by vote of members, is of another class."""
     first = []
     for e, space in zip(embeddings, spaces):
         same, other = space.masks(rows)
@@ -508,9 +521,8 @@ def missed(spaces, embeddings, rows):
 
 def joint(retrieval, attack, watch=None):
     """All images attacked together against where the others are now; EAT's own Eq. (3): embeddings
-    [(n, D)]. Every step maximises soft-impostor against the present embeddings of all other images,
-    held fixed for that step. Unlike shift and push-mean, under which the images of a class move
-    together and meet again, it gets stronger with eps."""
+    [(n, D)]. Every step maximises soft-impostor against the present embeddings of all others.
+    Unlike shift, under which the images of a class move together, it gets stronger with eps."""
     spaces, now = spaces_of(retrieval, attack), {}   # now: images on the CPU, because together they
     sizes = halved(attack.step, attack.steps) if attack.attack == "strong-1" else \
         [attack.step] * attack.steps                 # may be larger than a GPU
@@ -604,11 +616,10 @@ def measured(retrieval, attack, limited=False, find=lambda attack: None,
 def worst_case(records):
     """{rule: {"R@1", "R@1_label_free", "hits", "parts"}}: what the worst of some attacks leaves.
 
-    records: of one network, the same images and one protocol. template: a query counts as right
-    when it survives them all. clustering: the lowest Recall@1 that one attack on the whole set
-    reaches, because images that are compared with each other must come from one attack.
-    R@1_label_free: of the attacks that read no labels (None: there is none). hits: the queries that
-    stay right, as bits. parts: {attack in words: its Recall@1}. member_mean is the members' mean.
+    template: a query counts as right when it survives them all. clustering: the lowest Recall@1
+    that one attack on the whole set reaches, because images that are compared with each other must
+    come from one attack. R@1_label_free: of the attacks that read no labels (None: there is none).
+    hits: the queries that stay right. parts: {attack in words: its Recall@1}.
     """
     if len({(record["protocol"], record["n_queries"]) for record in records}) != 1:
         raise ValueError("worst_case compares attacks of one protocol on the same images")
@@ -639,9 +650,8 @@ def worst_case(records):
 
 def eps50(records, clean=None, rule=None):
     """The eps in 1/255 at which Recall@1 is half its clean value, on straight lines between the
-    radii of `records`; None: it never falls so far. Panum et al.'s Eq. (5) as a median. records: of
-    one attack at several radii. clean: the "clean" of results.json or of evaluate_robustness (None:
-    the records hold their own). rule: the inference rule (None: the headline)."""
+    radii of `records`, one attack's; None: it never falls so far (Panum et al.'s Eq. (5) as a
+    median). clean: "clean" of results.json (None: the records hold it). rule: headline if None."""
     rule = rule or records[0]["rule"]
     first = (clean or records[0]["clean"])["scores"][rule]["R@1"]
     curve = {0.0: first} | {record["eps_255"]: record["scores"][rule]["R@1"] for record in records}
@@ -652,9 +662,8 @@ def eps50(records, clean=None, rule=None):
 
 
 # ---- empirical robustness score --------------------------------------------------------------
-# Zhou & Patel, CVPR 2022; the attacks are those of Zhou et al., arXiv 2106.03614. Candidates are
-# the clean embeddings of all images, d is averaged over the networks, and a rank is the percentage
-# of the other candidates that are strictly closer to the query.
+# Zhou & Patel, CVPR 2022; attacks of Zhou et al., arXiv 2106.03614. Candidates are clean images, d
+# is the mean over networks, a rank is the percentage of the others that are strictly closer.
 
 def ers(figures):
     """The mean of the ten figures on a scale of 0 to 100, the more the better (Zhou & Patel)."""
@@ -765,10 +774,8 @@ def ers_figures(retrieval, attack):
 
 
 def distances(embeddings, others, exact=False):
-    """d (b, N) of all pairs, averaged over the networks.
-
-    exact: differences instead of a matrix product, which is off by 1e-3 for near-identical rows.
-    """
+    """d (b, N) of all pairs, averaged over the networks. exact: differences instead of a matrix
+    product, which is off by 1e-3 for near-identical rows."""
     mode = f"{'donot_' if exact else ''}use_mm_for_euclid_dist"
     return sum(torch.cdist(e, member, compute_mode=mode)
                for e, member in zip(embeddings, others)) / len(others)
@@ -813,8 +820,8 @@ def ers_targets(retrieval, seed):
 
 
 # ---- checks ----------------------------------------------------------------------------------
-# Signs that scores say nothing, after Carlini et al. (arXiv 1902.06705) and the flags of AutoAttack
-# (Croce & Hein, ICML 2020). Recall@1 is that of the vote, or of the one network.
+# Signs that scores say nothing, after Carlini et al. (arXiv 1902.06705) and AutoAttack's flags
+# (Croce & Hein, ICML 2020). Recall@1 is that of the headline rule.
 
 NOISE_DRAWS, SWEEP = 20, (2, 4, 8, 16, 32, 64, 128)          # the sweep in 1/255
 MASKED = "gradients mislead (gradient masking) and scores under gradient attacks say nothing"
@@ -840,32 +847,28 @@ def cheap_checks(retrieval, models):
         mixed = max(mixed, float((first[:2] - two).abs().max() / first.abs().max()))
     alone = int((common.candidate_counts(retrieval.labels, retrieval.gallery_labels) == 0).sum())
     finite = all(bool(e.isfinite().all()) for e in retrieval.clean)
-    classes, collapsed = len(retrieval.names.unique()), common.collapse_warnings(retrieval)
+    collapsed = common.collapse_warnings(retrieval)
     return [
         verdict("input unchanged", not changed, f"images changed in place: {changed}",
                 "the network gets copies here; copy them inside"),
         verdict("finite", finite, f"all embeddings finite: {finite}", "NaN counts as a miss"),
         verdict("deterministic", random == 0,
                 f"the same images twice, embeddings differ by {random:.2g}",
-                "the network draws random numbers (dropout left on?); switch that off, or attack "
-                "the mean of many draws"),
+                "the network draws random numbers (dropout left on?); switch that off"),
         verdict("batch dependence", random > 0 or mixed <= 1e-3,
                 f"two images alone and in a batch, embeddings differ by {mixed:.2g}",
                 "scores depend on the other images (BatchNorm in training mode?); call eval()"),
         verdict("unit norm", all(abs(length - 1) <= 1e-3 for length in lengths),
                 f"embeddings have lengths from {min(lengths):.4g} to {max(lengths):.4g}",
-                "they are not unit vectors and were normalised; do that in the network"),
+                "they are not unit vectors and were normalised"),
         *([("collapse", False, text) for text in collapsed] or
           [("collapse", True, "images differ in their embeddings")]),
         verdict("singletons", alone == 0,
                 f"{alone} of {len(retrieval.labels)} queries have no candidate of their class",
-                "each is a miss, whatever the network does"),
-        verdict("classes", classes > 1, f"the candidates are of {classes} classes",
-                "every neighbour is right, whatever the network does")]
+                "each is a miss, whatever the network does")]
 
 
 def checkable(attack):
-    """Refuse what the checks cannot examine."""
     if attack.attack != "pgd" or attack.objective in ("worst", "joint", "joint-pseudo",
                                                       *OBJECTIVES["ers"]):
         raise UserError(f"the checks examine PGD of clustering or template, with an objective "
@@ -917,13 +920,12 @@ def checks(retrieval, attack, models, others=()):
     yield verdict("zero gradients", not share > 0.01,         # NaN: no query is attacked
                   f"{100 * share:.3g} % of the images have no gradient at the first step", MASKED)
     yield verdict("8 bit", eight_bit <= recall + equal and max(excess) <= 1e-5,
-                  f"{arrow(recall, eight_bit)} as 8-bit pictures, outside the ball and [0, 1] by "
-                  f"{max(excess):.1g}", "the attack holds for floating-point input alone")
+                  f"{arrow(recall, eight_bit)} as 8-bit pictures, {max(excess):.1g} outside",
+                  "the attack holds for floating-point input alone")
     yield verdict("random noise",
                   noise > recall + equal or recall <= chance_level(retrieval, False) + equal,
                   f"{arrow(recall, noise)} with random signs, the best of {NOISE_DRAWS} draws",
-                  "noise does nearly as much; the attack is too weak, its gradients are masked, or "
-                  "eps is too small to tell networks apart")
+                  "noise does nearly as much; the attack is too weak or eps too small")
     margin = attack._replace(protocol="template", objective="impostor", against="sum")
     for name, before, variant, meaning in (
             *((f"steps x {factor}", recall, attack._replace(steps=factor * attack.steps),
@@ -948,8 +950,7 @@ def checks(retrieval, attack, models, others=()):
                   all(now <= low + tolerance(low, count) for now, low in zip(curve, lowest)),
                   f"{arrow(*curve)} with target at eps 0, {', '.join(map(str, SWEEP))} / 255, "
                   f"{100 * chance:.1f} by chance",
-                  "a larger radius holds the smaller one and should fall, in the end to chance, so "
-                  "the attack gets lost (gradient masking, or too few steps)")
+                  "it should fall, in the end to chance (gradient masking, or too few steps)")
 
 
 def recall_under(retrieval, attack, craft=None):
@@ -959,8 +960,7 @@ def recall_under(retrieval, attack, craft=None):
 
 
 def tolerance(share, count):
-    """How far apart two Recall@1 of `count` images still count as equal: twice the standard error,
-    what other images would change, and at least 2 points, what another seed may change."""
+    """How far apart two Recall@1 of `count` images count as equal: 2 standard errors or points."""
     return max(0.02, 2 * (share * (1 - share) / count) ** 0.5)
 
 
@@ -969,8 +969,8 @@ def arrow(*scores):
 
 
 def chance_level(retrieval, moved):
-    """Recall@1 of a lookup that knows nothing: the share of a query's candidates in its class.
-    moved: the candidates are those that, like the query, went to an image of another class."""
+    """Recall@1 of a lookup that knows nothing: the share of a query's candidates in its class;
+    moved: among those that, like the query, went to an image of another class."""
     _, index, size = retrieval.labels.unique(return_inverse=True, return_counts=True)
     count = common.candidate_counts(retrieval.labels, retrieval.gallery_labels).double()
     total = len(retrieval.names) - (retrieval.gallery_labels is None)
@@ -982,49 +982,41 @@ def chance_level(retrieval, moved):
 # ---- command line ----------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    parser, number = common.Parser(__doc__), common.number
+    parser, number, fraction = common.Parser(__doc__), common.number, common.fraction
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a folder, checkpoint or pattern")
-    attack = parser.add_argument_group("attack")
-    attack.add_argument("--protocol", choices=tuple(PROTOCOLS), default="clustering")
-    attack.add_argument("--attack", nargs="+", choices=tuple(METHODS), default=["pgd"],
-                        help="cw: Carlini & Wagner, template only; square: without gradients; "
-                             "strong: the worst of many, recipe strong-1 (default: pgd)")
-    attack.add_argument("--objective", nargs="+", default=[None], metavar="NAME",
-                        help="what is maximised (default: each first; impostor for square; worst, "
-                             "of many attacks, for strong): " + "; ".join(
-                                 f"{key} {', '.join(names)}" for key, names in OBJECTIVES.items()))
-    attack.add_argument("--against", nargs="+", default=["sum"], metavar="WHAT",
-                        help="ensembles: the embeddings that the objective reads: sum, concat, "
-                             "mean, vote, member_1 ..., members_1+2 ... (default: sum)")
-    attack.add_argument("--eps", type=common.fraction, nargs="+", default=[None], metavar="8/255",
-                        help="radius, pixel values (default: 8/255; 0.01 for template)")
-    attack.add_argument("--step-size", type=common.fraction, metavar="2/255",
-                        help="(default: eps / 4; template 2 eps / steps; cw eps / 10; ers 3/8 eps)")
-    attack.add_argument("--attack-steps", type=number(int, 0), nargs="+", default=[None],
-                        metavar="N", help="(default: 10; template 5; cw 50; square 200; ers 32)")
-    attack.add_argument("--restarts", type=number(int, 1), default=1, metavar="N",
-                        help="keep the best of so many starts, image by image")
-    attack.add_argument("--seed", type=number(int, 0, 2**32 - 1), nargs="+", metavar="N",
-                        help="of the attack (default: the run's)")
-    attack.add_argument("--checks", action="store_true",
-                        help="look for signs that the scores say nothing: gradient masking, too "
-                             "few steps, random outputs ... (some 50 times the attack's time)")
-    attack.add_argument("--transfer-from", metavar="RUN",
-                        help="--checks: also make the images on this run's networks")
-    data = parser.add_argument_group("data, machine and output")
-    data.add_argument("--gallery-from", metavar="RUN",
-                      help="template: the gallery is embedded by this run's networks")
-    data.add_argument("--limit-queries", type=number(int, 0), default=0, metavar="N",
-                      help="a fixed class-balanced subset of N images (default: all)")
-    data.add_argument("--data-root", help="(default: the run's)")
-    data.add_argument("--batch-size", type=number(int, 1), default=128)
-    data.add_argument("--workers", type=number(int, 0, 256), default=2)
-    data.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
-    data.add_argument("--save-embeddings", metavar="FILE.npz",
-                      help="clean and attacked embeddings with labels and paths, attacked images "
-                           "of up to 500 queries; of one run and one attack")
-    data.add_argument("--overwrite", action="store_true",
-                      help="attack again where results.json has the record")
+    add = parser.add_argument_group("attack").add_argument
+    add("--protocol", choices=tuple(PROTOCOLS), default="clustering")
+    add("--attack", nargs="+", choices=tuple(METHODS), default=["pgd"],
+        help="cw: Carlini & Wagner, template only; square: without gradients; strong: the worst of "
+             "many, recipe strong-1 (default: pgd)")
+    add("--objective", nargs="+", default=[None], metavar="NAME",
+        help="what is maximised (default: each first; impostor for square; worst, of many attacks, "
+             "for strong): " + "; ".join(f"{key} {', '.join(names)}"
+                                         for key, names in OBJECTIVES.items()))
+    add("--against", nargs="+", default=["sum"], metavar="WHAT",
+        help="which networks' embeddings are attacked: sum, concat, mean, vote, member_1 ..., "
+             "members_1+2 ... (default: sum)")
+    add("--eps", type=fraction, nargs="+", default=[None], metavar="8/255",
+        help="radius, pixel values (default: 8/255; 0.01 for template)")
+    add("--step-size", type=fraction, metavar="2/255",
+        help="(default: eps / 4; template 2 eps / steps; cw eps / 10; ers 3/8 eps)")
+    add("--attack-steps", type=number(int, 0), nargs="+", default=[None], metavar="N",
+        help="(default: 10; template 5; cw 50; square 200; ers 32)")
+    add("--restarts", type=number(int, 1), default=1, metavar="N", help="the best of N starts")
+    add("--seed", type=number(int, 0, 2**32 - 1), nargs="+", metavar="N",
+        help="of the attack (default: the run's)")
+    add("--checks", action="store_true", help="do the scores mean anything? (50 attacks' time)")
+    add("--transfer-from", metavar="RUN", help="--checks: also images made on this run's networks")
+    add = parser.add_argument_group("data, machine and output").add_argument
+    add("--gallery-from", metavar="RUN", help="template: its networks embed the gallery")
+    add("--limit-queries", type=number(int, 0), default=0, metavar="N",
+        help="a fixed class-balanced subset of N images (0: all)")
+    add("--data-root", metavar="DIR", help="(default: the run's)")
+    add("--batch-size", type=number(int, 1), default=128, metavar="B", help="images at once")
+    add("--workers", type=number(int, 0, 256), default=2, metavar="N", help="loading threads")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
+    add("--save-embeddings", metavar="FILE.npz", help="before and after, and up to 500 images")
+    add("--overwrite", action="store_true", help="attack again what results.json has")
     args = parser.parse_args(argv)
     attacks = attacks_of(args, 0)
     if args.transfer_from and not args.checks or args.gallery_from and args.protocol != "template":
@@ -1038,7 +1030,6 @@ def parse_args(argv=None):
 
 
 def attacks_of(args, seed):
-    """[Attack]: the product of the lists that the flags give, for a run with this seed."""
     return list(dict.fromkeys(
         attack_of(args.protocol, attack, objective=objective, against=against, eps=eps,
                   step_size=args.step_size, steps=steps, restarts=args.restarts, seed=number)
@@ -1053,7 +1044,7 @@ def main(args):
     """Attack runs, print one table, and return the report: [{"run", "flags", "clean", "records",
     "warnings"}], records in the order of the attacks asked for."""
     target, runs = Path(args.save_embeddings or "file.npz").absolute(), []
-    if not target.parent.is_dir() or target.is_dir():
+    if not target.parent.is_dir() or target.exists() and not target.is_file():
         raise UserError(f"--save-embeddings {target}: not a file in a folder that exists")
     named = (run for pattern in args.runs for run in sorted(glob.glob(pattern)) or [pattern])
     for run in dict.fromkeys(map(os.path.normpath, named)):
@@ -1062,8 +1053,7 @@ def main(args):
         else:
             runs.append(run)
     if not runs or args.save_embeddings and len(runs) > 1:
-        raise UserError(f"found {len(runs)} runs with a checkpoint: give one that has finished an "
-                        f"epoch, or more (with --save-embeddings just one)")
+        raise UserError(f"found {len(runs)} runs with a checkpoint: give one (or more, to a table)")
     checkpoints = [common.load_checkpoint(run) for run in runs]           # all, before any work
     for checkpoint, attack in itertools.product(checkpoints, attacks_of(args, 0)):
         members_of(attack.against, len(checkpoint["members"]))
@@ -1097,8 +1087,9 @@ def print_table(report, args):
                     shown |= {key: f"{scores[key]:.2f}" for key in shown if key != "R@1"}
                 rows.append((" ".join(name), shown))
     title = words(attacks[0], [name for name in names if name not in (*differ, "seed")])
+    title += f", NMI by chance {100 * report[0]['clean'].get('NMI_chance', 0):.1f}"
     title += f", gallery from {name_of(args.gallery_from)}" if args.gallery_from else ""
-    title += f", a fixed subset of {args.limit_queries} images" if args.limit_queries else ""
+    title += f", {args.limit_queries} images" if args.limit_queries else ""
     print(f"{title}; in %\n{common.format_table(rows)}")
     for entry in report:
         for warning in entry["warnings"]:
@@ -1113,10 +1104,10 @@ def other_run(flag, path, runs, checkpoints):
     """The checkpoint of --transfer-from or --gallery-from, whose images must be those of every run;
     None without the flag."""
     def kind(content):
-        flags, gallery = content["args"], flag == "--gallery-from"
-        return (content["classes"], flags["dataset"], flags["image_size"], flags["crop"],
-                flags["val_classes"], flags["dataset"] in common.GENERATED and flags["seed"],
-                gallery and (flags["embedding_dim"], len(content["members"])))
+        flags = content["args"]
+        return ([flags[name] for name in ("dataset", "image_size", "crop", "val_classes")],
+                content["classes"], flags["dataset"] in common.GENERATED and flags["seed"],
+                "gallery" in flag and (flags["embedding_dim"], len(content["members"])))
 
     source = common.load_checkpoint(path) if path else None
     for run, checkpoint in zip(runs, checkpoints if path else ()):
@@ -1127,14 +1118,14 @@ def other_run(flag, path, runs, checkpoints):
 
 
 def evaluate_run(run, checkpoint, transfer, gallery, args, device):
-    """A run's entry of the report. What its results.json has already is read, the rest is measured
-    and stored there, attack by attack. transfer, gallery: checkpoints of other runs, or None."""
+    """A run's entry of the report: what its results.json has, and what is measured and stored now.
+    transfer, gallery: checkpoints of other runs, or None."""
     flags, label, path = argparse.Namespace(**checkpoint["args"]), name_of(run), \
         Path(run) / "results.json"
     stores = checkpoint["epoch"] >= flags.epochs and path.exists()
     if not stores:
         print(f"{run}: a bare checkpoint or an unfinished run; nothing is stored")
-    results = common.read_json(path) if stores else {"clean": {}, "robust": [], "warnings": []}
+    results = read_results(path) if stores else {"clean": {}, "robust": [], "warnings": []}
     source, limit = name_of(args.gallery_from) if gallery else None, args.limit_queries
     attacks, warnings = attacks_of(args, flags.seed), results["warnings"]
     known = [record for record in results["robust"] if not args.overwrite
@@ -1205,20 +1196,29 @@ def agrees(record, attack):
                else record[name] == value for name, value in attack._asdict().items())
 
 
+def read_results(path):
+    """results.json, whose records must have the numbers and scores of an attack."""
+    content, fields = common.read_json(path), {*Attack._fields, "n_queries", "limited", "scores"}
+    if not (isinstance(content.get("clean"), dict) and isinstance(content.get("warnings"), list)
+            and isinstance(content.get("robust"), list)
+            and all(isinstance(own, dict) and fields <= own.keys() for own in content["robust"])):
+        raise UserError(f"{path} is damaged: restore it, or delete it and train on (same command)")
+    return content
+
+
 @contextlib.contextmanager
 def rewritten(path):
     """The content of results.json as it is now, changed inside the `with` and written after it."""
     with common.locked(path.parent, wait=True):
-        content = common.read_json(path)
+        content = read_results(path)
         yield content
         common.write_atomic(path, json.dumps(content, indent=1).encode())
 
 
 def save_embeddings(path, retrieval, attack, test, root):
-    """Attack once more, and write the embeddings as plain NumPy arrays: clean, attacked (networks,
-    n, D); labels (n,), paths, classes; attack: its numbers as JSON. rows: up to 500 queries, spread
-    evenly; images_clean, images_attacked: these. With a gallery also gallery, gallery_labels,
-    gallery_paths, and gallery_attacked where it is attacked, too."""
+    """Attack once more, and write NumPy arrays: clean, attacked (networks, n, D); labels (n,),
+    paths, classes; attack: its numbers as JSON. rows: up to 500 queries; images_clean,
+    images_attacked: these. With a gallery also gallery, gallery_labels, _paths, _attacked."""
     rows = torch.linspace(0, len(test) - 1, min(500, len(test))).round().long().tolist()
     images = dict.fromkeys(rows)
 
