@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -651,7 +652,8 @@ def attack_record(retrieval, attack, scores, seconds, limited=False) -> dict:
 
 def collapse_warnings(retrieval) -> list[str]:
     """One line for every network that maps all images to nearly one embedding."""
-    return [f"member_{i} has collapsed: mean cosine of its test embeddings {cosine:.3f}"
+    return [f"member_{i} {'has collapsed' if cosine > 0.95 else 'is not finite'}: mean cosine "
+            f"{cosine:.3f} of test embeddings"
             for i, cosine in enumerate(map(mean_cosine, retrieval.clean), 1) if not cosine <= 0.95]
 
 
@@ -920,8 +922,6 @@ OFFICIAL = {
     "inshop": ("Inshop_Clothes", "list_eval_partition.txt and img/", 25882, 14218),
     "inshop-gallery": ("Inshop_Clothes", "list_eval_partition.txt and img/", 25882, 14218, 12612),
 }
-UNPACKED = ("CUB_200_2011", "CUB_200_2010", "cub", "cub2010", "cars196", "car_data",
-            "online_products", "in-shop")                       # other folders of archives in ROOT
 GENERATED = ("glyphs", "gaussian")
 DATASETS = (*GENERATED, *OFFICIAL, "folder")
 
@@ -1030,7 +1030,9 @@ def load_dataset(name: str, root=None, *, image_size: int | None = None, seed: i
         name, _list_cub if "cub" in name else _list_inshop)
     try:
         lists = listing(name, [root / part for part in (
-            "", folder, name.removesuffix("-gallery"), *UNPACKED)])
+            "", folder, name.removesuffix("-gallery"), *(
+                ("CUB_200_2011", "CUB_200_2010", "cub", "cub2010") if "cub" in name else
+                ("cars196", "car_data", "online_products", "in-shop")))])
         for path in (path for items in lists or () for path, _ in items):
             os.stat(path)
     except (OSError, LookupError, TypeError, ValueError) as error:
@@ -1051,9 +1053,8 @@ def load_dataset(name: str, root=None, *, image_size: int | None = None, seed: i
         warnings.warn(f"{name} has {counts} images, expected {expected}: a classification split, a "
                       f"half-unpacked archive or files of something else?", stacklevel=2)
     sides = [([path for path, _ in items], [label for _, label in items]) for items in lists]
-    # Query and gallery share one label map.
     classes = sorted({label for _, labels in sides[1:] for label in labels})
-    train, test, *gallery = ImageSet(*sides[0], size), *(
+    train, test, *gallery = ImageSet(*sides[0], size), *(      # query and gallery share the labels
         ImageSet(*side, size, classes=classes) for side in sides[1:])
     test.gallery = gallery[0] if gallery else None
     return train, test
@@ -1481,9 +1482,9 @@ def run_script(parse_args, main) -> None:
     except OSError as error:                       # an unreadable folder, a name that is too long
         code, message = 2, f"cannot use {error.filename} ({error.strerror}): check path and rights"
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not isinstance(error, MemoryError) and not re.search("memory|new thread", str(error)):
             raise
-        code, message = 1, "out of memory: lower --batch-size or --image-size; the run is saved"
+        code, message = 1, f"out of memory or threads ({error}): lower --batch-size or --workers"
     except KeyboardInterrupt:
         code, message = 130, "interrupted; the same command continues the run"
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
@@ -1509,8 +1510,7 @@ def pick_device(name: str, deterministic: bool = False) -> torch.device:
     if deterministic:                          # cuBLAS reads the variable when CUDA starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = {"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(name, name)
     try:
         torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError, ImportError) as error:

@@ -65,6 +65,7 @@ def with_eps50(records, clean):
         yield curve[0] if len(curve) == 1 else {
             **max(curve, key=lambda record: record["eps"]), "curve": True, "scores": {
                 rule: {"eps50_255": evaluator.eps50(curve, clean, rule),
+                       "eps50_from": min(record["eps_255"] for record in curve),
                        **{f"R@1 at {record['eps_255']:.3g}/255": record["scores"][rule]["R@1"]
                           for record in curve}} for rule in curve[0]["scores"]}}
 
@@ -261,8 +262,12 @@ def table_markdown(content):
             mean, std = row[side].get(metric, [None, None])
             if side == "attacked" and len(seeds) == 1:
                 std = row.get("attack_std", {}).get(metric)
-            cells.append("-" if mean is None else cell(metric, mean)
-                         + ("" if std is None else f" ± {cell(metric, std)}"))
+            text = "-" if mean is None else cell(metric, mean) + (
+                "" if std is None else f" ± {cell(metric, std)}")
+            first = row[side].get("eps50_from", [0])[0]
+            if metric == "eps50_255" and mean is not None and mean < first:
+                text = f"< {first:g}"                # nothing was measured below the first radius
+            cells.append(text)
         cells += [attacks[0].get("beside", {}).get(column, "-") for column in published]
         lines.append("| " + " | ".join(cells) + " |")
     chance = rows[0]["clean"].get("NMI_chance") if "NMI" in (wanted or SHOWN) else None
