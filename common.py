@@ -159,8 +159,7 @@ def mine_triplets(embeddings, labels, how: str, generator=None, *, anchors=None,
 
 
 def mine_pairs(embeddings, labels, source):
-    """One triplet (a, p, n) per pair of a batch of pairs (pair_batches) that has a negative in it.
-    The positive is the partner, except that softhard draws its own."""
+    """One triplet (a, p, n) per pair of pair_batches; p is the partner (softhard draws its own)."""
     even = torch.arange(0, len(labels), 2, device=labels.device)
     return mine_triplets(embeddings, labels, source, anchors=even, partners=even + 1,
                          cutoffs=(None, None))                 # Zhou & Patel's have no cutoffs
@@ -175,8 +174,7 @@ def _distance_weighted(distance, dim, cutoffs, generator):
                           distance == distance.amin(1, keepdim=True))
     d = distance.double().clamp(max(low or 0, 1e-4), 1.99)
     log_weight = (2 - dim) * d.log() - (dim - 3) / 2 * torch.log1p(-d.square() / 4)
-    # Row by row, because over the whole matrix the weights underflow at dim 512.
-    weight = log_weight.masked_fill(~allowed, -torch.inf).softmax(1)
+    weight = log_weight.masked_fill(~allowed, -torch.inf).softmax(1)     # by row: no underflow
     return torch.multinomial(weight, 1, generator=generator)[:, 0]
 
 
@@ -222,25 +220,36 @@ def similarities(embeddings, labels, gallery=None, gallery_labels=None):
     query's class are lowered by the last bit, so that they lose every tie; best is the highest of
     them (-inf: none). The query itself is -inf. NaN counts against the query.
     """
-    same_images = gallery_labels is None
     gallery = embeddings if gallery is None else gallery
-    names = labels if same_images else gallery_labels
+    names = labels if gallery_labels is None else gallery_labels
     # A matrix product rounds equal columns differently, and equal images must tie: multiply once.
-    distinct, column = gallery.unique(dim=0, return_inverse=True)
-    if len(distinct) == len(gallery):
-        distinct, column = gallery, slice(None)
-    half_norm, lowest = distinct.square().sum(1) / 2, gallery.new_tensor(-torch.inf)
-    rows_at_once = max(1, 2**24 // max(len(gallery), 1))
-    for rows in torch.arange(len(labels), device=labels.device).split(rows_at_once):
+    points, column = gallery.unique(dim=0, return_inverse=True)
+    points = gallery if len(points) == len(gallery) else points
+    half_norm, low = points.square().sum(1) / 2, gallery.new_tensor(-torch.inf)
+    finite = bool(embeddings.isfinite().all() & gallery.isfinite().all())
+    # The candidates of every class stand together in `order`, from `start` on.
+    index = torch.cat([labels, names]).unique(return_inverse=True)[1]
+    own, index = index.split([len(labels), len(names)])
+    order, size = index.argsort(stable=True), index.bincount(minlength=len(index) + len(own))
+    start, every = size.cumsum(0) - size, torch.arange(len(labels), device=labels.device)
+    for rows in every.split(max(1, 2**24 // max(len(gallery), 1))):
         with torch.autocast(gallery.device.type, enabled=False):
-            similarity = (embeddings[rows] @ distinct.T - half_norm)[:, column]
-        similarity = similarity.nan_to_num(torch.inf, torch.inf, -torch.inf)
-        lowered = torch.nextafter(similarity, lowest).where(similarity.isfinite(), lowest)
-        relevant = labels[rows, None] == names
-        similarity = lowered.where(relevant, similarity)
-        if same_images:
-            similarity[torch.arange(len(rows)), rows] = -torch.inf
-        yield rows, similarity, similarity.masked_fill(~relevant, -torch.inf).amax(1)
+            similarity = embeddings[rows] @ points.T
+        similarity -= half_norm
+        similarity = similarity if points is gallery else similarity[:, column]
+        if not finite:
+            similarity.nan_to_num_(torch.inf, torch.inf, -torch.inf)
+        count = size[own[rows]]                                  # (b,), of its class
+        query = every[:len(rows)].repeat_interleave(count)       # (sum of count,), as is place
+        place = (start[own[rows]] - count.cumsum(0) + count).repeat_interleave(count)
+        place = order[place + torch.arange(len(place), device=place.device)]
+        relevant = similarity[query, place]
+        relevant = torch.nextafter(relevant, low).where(relevant.isfinite(), low)
+        if gallery_labels is None:
+            relevant = relevant.where(place != rows[query], low)
+            similarity[every[:len(rows)], rows] = low
+        similarity[query, place] = relevant
+        yield rows, similarity, low.repeat(len(rows)).scatter_reduce(0, query, relevant, "amax")
 
 
 @torch.no_grad()
@@ -252,7 +261,7 @@ def ranking_scores(embeddings, labels, ks, gallery=None, gallery_labels=None, pr
     hits = torch.zeros(len(labels), len(ks), dtype=torch.bool, device=labels.device)
     average = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
     for rows, similarity, best in similarities(embeddings, labels, gallery, gallery_labels):
-        nearer = (similarity > best[:, None]).sum(1)
+        nearer = (similarity > best[:, None]).sum(1, dtype=torch.int32)      # twice as fast
         hits[rows] = best.isfinite()[:, None] & (nearer[:, None] < limits)
         if precision:
             value, nearest = similarity.topk(int(count.max()))
@@ -587,8 +596,7 @@ def rule_spaces(embeddings, gallery=None) -> dict[str, tuple]:
 
 
 def shift(retrieval, references=None):
-    """(value, None): away from the queries' own clean embeddings, EAT's Eq. (10); references: away
-    from those of other images (a gallery that is attacked too)."""
+    """(value, None): away from the queries' own clean embeddings (or references); EAT, Eq. (10)."""
     references = references or retrieval.clean
     return (lambda embeddings, rows: sum(1 - (e * clean[rows]).sum(1)
                                          for e, clean in zip(embeddings, references))), None
@@ -652,9 +660,8 @@ def attack_record(retrieval, attack, scores, seconds, limited=False) -> dict:
 
 def collapse_warnings(retrieval) -> list[str]:
     """One line for every network that maps all images to nearly one embedding."""
-    return [f"member_{i} {'has collapsed' if cosine > 0.95 else 'is not finite'}: mean cosine "
-            f"{cosine:.3f} of test embeddings"
-            for i, cosine in enumerate(map(mean_cosine, retrieval.clean), 1) if not cosine <= 0.95]
+    return [f"member_{i} {'has collapsed' if mean > 0.95 else 'is not finite'}: cosine {mean:.3f}"
+            for i, mean in enumerate(map(mean_cosine, retrieval.clean), 1) if not mean <= 0.95]
 
 
 def mean_cosine(embeddings: Tensor) -> float:
@@ -664,8 +671,7 @@ def mean_cosine(embeddings: Tensor) -> float:
 
 
 def evaluate(models, dataset, attacks, *, ks=(1, 2, 4, 8), seed=0, workers=0, device="cpu"):
-    """The evaluation at the end of a training: {"clean", "robust": [record ...], "warnings"}.
-    attacks: [Attack] with PGD on the objectives shift and neighbour; eval.py knows more."""
+    """The closing evaluation, PGD on shift or neighbour: {"clean", "robust", "warnings"}."""
     retrieval = retrieval_of(models, dataset, ks=ks, workers=workers, device=device)
     clean, robust = clean_scores(retrieval, seed), []
     for attack in attacks:
@@ -823,8 +829,7 @@ def build_model(arch: str, embedding_dim: int = 128, weights: str = "none") -> E
 
 
 def pretrained(arch, weights):
-    """The named tensors of an ImageNet network: torchvision's, or those of the user's file out of
-    the usual wrappers and without their prefixes."""
+    """The named tensors of an ImageNet network, torchvision's or those of the user's file."""
     if weights == "imagenet":
         if arch not in TORCHVISION:
             raise UserError(f"torchvision has no ImageNet weights of {arch}: pass --weights FILE "
@@ -1064,15 +1069,15 @@ def _images_by_class(folder):
     """[(path, class)] of a tree, sorted by class: a class is a folder that holds images itself, at
     any depth, named by its path. Hidden files (`._*` of macOS archives) do not count."""
     from PIL import Image  # comes with torchvision
-    formats, listing, others = tuple(Image.registered_extensions()), [], []
+    formats, listing, others = {*Image.registered_extensions()} - {".pdf", ".palm"}, [], []
     for path, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if name[0] != "."]
         name = Path(os.path.relpath(path, folder)).as_posix()
         for file in (file for file in files if file[0] != "."):
-            image = name != "." and file.lower().endswith(formats)
+            image = name != "." and os.path.splitext(file)[1].lower() in formats
             (listing if image else others).append((name, os.path.join(path, file)))
     if others:
-        warnings.warn(f"{len(others)} files are left out, such as {others[0][1]}", stacklevel=4)
+        warnings.warn(f"left out: {len(others)} files, such as {others[0][1]}", stacklevel=4)
     return [(path, name) for name, path in sorted(listing)]
 
 
@@ -1111,7 +1116,7 @@ def _read_mat(path, field, folder):
         raise UserError(f"reading {path} needs scipy: pip install scipy, or use a layout with one "
                         f"folder per class") from None
     return [(str(folder / str(row[field])), int(row["class"]))
-            for row in loadmat(path, squeeze_me=True)["annotations"]]
+            for row in loadmat(str(path), squeeze_me=True)["annotations"]]
 
 
 def _list_cars(name, folders):
@@ -1282,8 +1287,7 @@ def pair_batches(labels: Tensor, batch_size: int, seed: int, epoch: int) -> list
     labels = labels.numpy()
     order = np.argsort(labels, kind="stable")                    # class after class
     size, start = np.bincount(labels), np.searchsorted(labels[order], labels)
-    place = np.empty(len(labels), np.int64)
-    place[order] = np.arange(len(labels)) - start[order]         # of an image within its class
+    place = np.argsort(order) - start                            # of an image within its class
     anchors = stream.permutation(len(labels))
     anchors = anchors[size[labels[anchors]] > 1]
     sizes = size[labels[anchors]]
@@ -1297,9 +1301,7 @@ def split_by_image(labels: Tensor, parts: int, seed: int) -> Tensor:
     stream = random_stream(seed, 0, SPLIT)
     rows = [(labels == label).nonzero()[:, 0] for label in labels.unique()]
     order = torch.cat([own[torch.from_numpy(stream.permutation(len(own)))] for own in rows])
-    part = torch.empty(len(labels), dtype=torch.int64)
-    part[order] = torch.arange(len(labels)) % parts
-    return part
+    return (torch.arange(len(labels)) % parts)[order.argsort()]
 
 
 def epoch_batches(args, labels: Tensor, epoch: int, *, batch_size=None, pool=None, member=0):
@@ -1335,8 +1337,7 @@ def load_batches(dataset: ImageSet, batches, seed: int = 0, epoch: int = 0, *, a
         labels = dataset.labels[batch].to(device, non_blocking=True)
         return images.to(device, non_blocking=True).float().div_(255), labels, batch
 
-    # A worker computes with one thread: with more threads than cores a network takes twice the
-    # time. A thread's setting becomes that of later threads, hence the reset.
+    # One thread a worker, because with more threads than cores a network takes twice the time.
     threads, waiting = torch.get_num_threads(), deque()
     pool = ThreadPoolExecutor(max(workers, 1), initializer=torch.set_num_threads, initargs=(1,))
     try:
@@ -1610,7 +1611,6 @@ def write_atomic(path, content) -> None:
 
 
 def read_json(path) -> dict:
-    """The dict in a JSON file; a file that holds none is one line."""
     try:
         return dict(json.loads(Path(path).read_text()))
     except (OSError, TypeError, ValueError) as error:
