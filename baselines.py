@@ -181,8 +181,8 @@ TRIPLET_RECIPE = dict(arch="resnet18", embedding_dim=512, crop="square", epochs=
                       attack_steps=8)
 # For generated data, on a CPU: eat.py's, and more epochs for triplets, which start slowly.
 SMALL = dict(arch="convnet", image_size=32, embedding_dim=64, epochs=12, batch_size=30, lr=2e-3,
-             eps=8 / 255, step_size=4 / 255, attack_steps=4, eps_ramp=(0, 4))
-SMALL_TRIPLET = SMALL | dict(epochs=20, lr=1e-3, eps_ramp=(10, 4))
+             eps=8 / 255, step_size=4 / 255, attack_steps=4, eps_ramp=[0, 4])
+SMALL_TRIPLET = SMALL | dict(epochs=20, lr=1e-3, eps_ramp=[10, 4])
 
 
 def parse_args(argv=None):

@@ -1687,7 +1687,6 @@ class Run:
                 raise UserError(f"{last} is gone, results.json is not: restore it, or delete both")
             return None
         checkpoint = load_checkpoint(last)
-        load_run_data(self.args, checkpoint)
         stored = {**checkpoint["args"], "method": checkpoint["method"],
                   **(read_json(record) if record.exists() else {})}
         for flag, value in {"method": self.method, **vars(self.args)}.items():
@@ -1695,6 +1694,7 @@ class Run:
                 raise UserError(f"{self.folder} holds a run with --{flag.replace('_', '-')} "
                                 f"{stored.get(flag)}, not {value}: give that value, another --out, "
                                 f"or delete the folder to start again")
+        load_run_data(self.args, checkpoint)
         return checkpoint
 
     def network(self, i: int = 0) -> nn.Module:

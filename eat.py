@@ -60,7 +60,7 @@ def proxy_objective(members, targets, proxies):
 
 # On generated data: a small network, a CPU, a radius that grows over the first epochs.
 SMALL = dict(arch="convnet", image_size=32, embedding_dim=64, epochs=12, batch_size=30, lr=2e-3,
-             eps=8 / 255, step_size=4 / 255, attack_steps=4, eps_ramp=(0, 4))
+             eps=8 / 255, step_size=4 / 255, attack_steps=4, eps_ramp=[0, 4])
 
 
 def parse_args(argv=None):

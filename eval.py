@@ -113,7 +113,7 @@ def opened(embed, images_or_loader, labels, ks, batch_size, device, attack):
         parameters = itertools.chain(*(module.parameters() for module in modules))
         device = next(parameters, images).device if device is None else device
         for model in models:
-            e = model(images[:2].to(device).clone().requires_grad_())
+            e = model(images[:2].to(device).requires_grad_().clone())
             if getattr(e, "ndim", 0) != 2 or len(e) != 2:
                 found = tuple(getattr(e, "shape", ()))
                 raise ValueError(f"embed must return embeddings (B, D): found {found} for B = 2")

@@ -124,7 +124,7 @@ RECIPE = dict(arch="resnet18", embedding_dim=512, crop="square", epochs=75, batc
               attack_steps=8)
 # For generated data, on a CPU.
 SMALL = dict(arch="convnet", image_size=32, embedding_dim=64, epochs=16, batch_size=30, lr=1e-3,
-             step_size=2 / 255, attack_steps=4, eps_ramp=(8, 4))
+             step_size=2 / 255, attack_steps=4, eps_ramp=[8, 4])
 
 
 def destination(text):

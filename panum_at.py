@@ -136,8 +136,8 @@ RECIPE = dict(arch="resnet50", epochs=150, warmup_epochs=0, batch_size=112, imag
 CROP_SCALE = (0.6, 1.0)                                       # of RandomResizedCrop
 # For generated data, on a CPU. From a random start the contrastive loss is slow to leave 1.
 SMALL = dict(arch="convnet", image_size=32, embedding_dim=64, epochs=26, batch_size=28,
-             images_per_class=4, lr=5e-4, eps=8 / 255, eps_ramp=(14, 4), eval_eps=8 / 255)
-SMALL_TRIPLET = SMALL | dict(epochs=20, images_per_class=2, lr=1e-3, eps_ramp=(8, 4))
+             images_per_class=4, lr=5e-4, eps=8 / 255, eps_ramp=[14, 4], eval_eps=8 / 255)
+SMALL_TRIPLET = SMALL | dict(epochs=20, images_per_class=2, lr=1e-3, eps_ramp=[8, 4])
 GAUSSIAN = dict(arch="convnet", image_size=32, embedding_dim=2, epochs=25, batch_size=32,
                 images_per_class=16, lr=1e-3)
 

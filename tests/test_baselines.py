@@ -1,8 +1,7 @@
-"""The methods of baselines.py as pure functions, and the flags that choose between them.
+"""The methods of baselines.py as pure functions, and the loop that trains them.
 
-Oracles: losses written out with loops, finite differences, and closed forms on linear models.
+Oracles: losses written out with loops, closed forms on linear models, a training loop of its own.
 """
-
 
 import pytest
 import torch
@@ -12,21 +11,24 @@ from test_eat import (
     LABELS,
     STEP,
     UnitNetwork,
+    books,
+    half_live,
     linear_model,
     proxy_anchor_by_hand,
     random_images,
     seeded,
+    state_of,
+    trained_by_hand,
 )
+from test_scripts import run, saved
 
 import baselines
 import common
-import eat
-from baselines import act, at, est, iat, mixup, natural, shift_attack, trades
+from baselines import act, at, est, iat, mixed_loss, mixup, shift_attack, trades
 
 BALL = EPS, STEP, 5
 ORDER = torch.tensor([1, 2, 0, 4, 5, 3])                           # not its own inverse
 PAIRS = torch.tensor([0, 0, 1, 1, 0, 0, 2, 2])
-TWINS = torch.tensor([0, 0, 1, 1, 2, 2])
 
 
 @pytest.fixture
@@ -44,9 +46,11 @@ def adversarial():
 
 @pytest.fixture
 def fixed_attack(adversarial, monkeypatch):
-    """Every attack returns `adversarial`; the arguments of the calls."""
+    """Every attack returns `adversarial`; name and arguments of the calls."""
     calls = []
-    monkeypatch.setattr(baselines, "shift_attack", lambda *args: calls.append(args) or adversarial)
+    for name in ("shift_attack", "label_attack"):
+        monkeypatch.setattr(baselines, name, lambda *args, name=name: calls.append(
+            (name, *args)) or adversarial)
     return calls
 
 
@@ -56,9 +60,8 @@ def mined(monkeypatch):
     calls, mine = [], common.mine_triplets
 
     def watched(embeddings, labels, how, **options):
-        triplets = mine(embeddings, labels, how, **options)
-        calls.append((embeddings.detach(), how, options, triplets))
-        return triplets
+        calls.append((embeddings.detach(), how, options, mine(embeddings, labels, how, **options)))
+        return calls[-1][-1]
 
     monkeypatch.setattr(common, "mine_triplets", watched)
     return calls
@@ -79,8 +82,8 @@ def watched_loss(method, model, *args, seed=0):
 def pairs(method, source="random", steps=5, seed=0, model=None, labels=PAIRS):
     """est or act on a batch of pairs: (network, images, loss, the images it trains on)."""
     model, images = model or UnitNetwork(3), random_images(len(labels))
-    return model, images, *watched_loss(method, model, images, labels, source, EPS, STEP, steps,
-                                        seed=seed)
+    return model, images, *watched_loss(method, model, images, labels, None, (EPS, STEP, steps),
+                                        source, seed=seed)
 
 
 def number(value):
@@ -97,7 +100,7 @@ def assert_same(loss, expected, tensors):
 def assert_in_ball(adversarial, images, reach=0.9):
     offset = (adversarial - images).abs()
     assert offset.max() <= EPS + 1e-12 and offset.amax((1, 2, 3)).min() > reach * EPS
-    assert adversarial.min() >= 0 and adversarial.max() <= 1
+    assert adversarial.min() >= 0 and adversarial.max() <= 1 and not adversarial.requires_grad
 
 
 @torch.no_grad()
@@ -106,209 +109,115 @@ def shift(model, adversarial, images):
     return 1 - F.cosine_similarity(model(adversarial), model(images))
 
 
-# ---- attack
+# ---- attacks
+
+def test_the_attacks_leave_the_network_as_it_was_and_do_not_see_its_mode(batch):
+    _, images, labels, proxies = batch
+    for attack, loss in [
+            (lambda model, *ball: shift_attack(model, images, ball),
+             lambda x: shift(UnitNetwork(0), x, images).sum()),
+            (lambda model, *ball: baselines.label_attack(model, images, labels, proxies, ball),
+             lambda x: proxy_anchor_by_hand(UnitNetwork(0)(x), labels, proxies))]:
+        model = half_live(UnitNetwork(0))
+        before, ends = state_of(model), []
+        for network, steps in ((model, 5), (UnitNetwork(0), 5), (model, 0)):
+            torch.manual_seed(0)
+            ends.append(attack(network, EPS, STEP, steps))
+        assert torch.equal(*ends[:2]) and state_of(model) == before and proxies.grad is None
+        assert loss(ends[0]) > max(loss(ends[2]), loss(images)) + 1e-3
+        assert_in_ball(ends[0], images)
+        assert ((ends[2] - images) / EPS).abs().mean() == pytest.approx(0.5, abs=0.05)
 
 
-def attacked(model, images, steps=5):
-    torch.manual_seed(0)
-    return shift_attack(model, images, EPS, STEP, steps)
+# a method: (how it starts, in standard deviations of eps; whether its images move from F(x))
+STARTS = {at: 3 ** -0.5, iat: 3 ** -0.5, trades: 0.001 / EPS, est: 1e-3}
 
 
-def test_the_shift_attack_raises_one_minus_cosine_of_every_image():
-    model, images = UnitNetwork(0), random_images()
-    images[0], images[1] = 0, 1
-    start, end = attacked(model, images, 0), attacked(model, images, 10)
+@pytest.mark.parametrize("method", STARTS)
+def test_a_method_starts_where_it_says_and_moves_every_image_away(method, batch, monkeypatch):
+    model, _, _, proxies = batch
+    images, labels = random_images(24, low=0.2, high=0.8), torch.arange(24) // 2 % 4
+    monkeypatch.setattr(baselines, "draw_mixture", lambda _: (1.0, torch.arange(24)))    # not mixed
+    start, end = (next(x for x in reversed(watched_loss(
+        method, model, images, labels, proxies, (EPS, STEP, steps))[1])
+        if not torch.equal(x, images)) for steps in (0, 8))
+    offset, width = start - images, STARTS[method] * EPS
+    assert 0.3 * width < offset.std() < 1.1 * width and offset.abs().mean() > 0.3 * width
+    assert offset.abs().max() <= min(EPS, 5 * width) + 1e-12 and abs(offset.mean()) < 0.1 * width
     assert_in_ball(end, images)
-    assert (shift(model, end, images) > 2 * shift(model, start, images)).all()
-
-
-def test_on_a_linear_model_the_shift_attack_ends_in_the_corner_of_the_closed_form():
-    # 1 - (W x').(W x) has the constant gradient -W^T W x
-    model, images = linear_model(0), random_images(low=0.2, high=0.8)
-    weight = model[1].weight.detach()
-    corner = images - EPS * (images.flatten(1) @ weight.T @ weight).sign().view_as(images)
-    assert torch.allclose(shift_attack(model, images, EPS, EPS, 2), corner)
-
-
-@pytest.mark.parametrize("live", [False, True])
-def test_the_shift_attack_leaves_the_network_as_it_was_and_does_not_see_its_mode(live):
-    def state():
-        return ([module.training for module in model.modules()],
-                [(p.requires_grad, p.grad) for p in model.parameters()],
-                [value.tolist() for value in model.state_dict().values()])
-
-    model, images = UnitNetwork(0), random_images()
-    expected = attacked(model, images)
-    model.train()
-    model.layers[1].train(live)
-    model.layers[0].requires_grad_(False)
-    before = state()
-    assert torch.equal(attacked(model, images), expected)
-    assert state() == before
-
-
-@pytest.mark.parametrize("method", [at, trades, est])
-def test_the_adversarial_images_are_in_the_ball_and_moved_away(method, batch):
-    model, images, _, proxies = batch
-    args = (images, TWINS, "random") if method is est else (images, LABELS, proxies)
-    start, end = ([x for x in watched_loss(method, model, *args, EPS, STEP, steps)[1]
-                   if not torch.equal(x, images)] for steps in (0, 8))
-    assert len(start) == len(end) == 1
-    assert_in_ball(end[0], images)
-    before, after = (shift(model, x, images) for x in (start[0], end[0]))
-    assert (after > 1.5 * before).all() and (before > 0).all()     # so does d = sqrt(2 (1 - cos))
+    before, after = (shift(model, x, images) for x in (start, end))
+    assert (after > 1.5 * before).all() and (before > 0).all()
 
 
 # ---- natural, at, mixup, iat, trades
 
-
-def test_natural_is_proxy_anchor_and_its_gradient_is_the_slope(batch):
-    model, images, labels, proxies = batch
-    loss, _ = natural(*batch)
-    assert number(loss) == pytest.approx(proxy_anchor_by_hand(model(images), labels, proxies))
-    tensors, generator, h = [*model.parameters(), proxies], seeded(0), 1e-6
-    direction = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in tensors]
-    slope = sum((g * d).sum() for g, d in zip(torch.autograd.grad(loss, tensors), direction))
-    values = []
-    for change in (h, -2 * h):                                     # to +h, then to -h
-        with torch.no_grad():
-            for x, d in zip(tensors, direction):
-                x += change * d
-        values.append(proxy_anchor_by_hand(model(images), labels, proxies))
-    assert number(slope) == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-5)
-
-
-@pytest.mark.parametrize("method, args, reference, reference_args", [
-    (at, (*BALL, 1), natural, ()),
-    (mixup, (1.0, ORDER), natural, ()),
-    (trades, (*BALL, 0), natural, ()),
-    (iat, (0.3, ORDER, 0.0, STEP, 5), mixup, (0.3, ORDER)),
-    (iat, (1.0, ORDER, *BALL), at, (*BALL, 0.5)),
-], ids=["at", "mixup", "trades", "iat at eps 0", "iat at weight 1"])
-def test_at_its_limit_a_method_is_a_simpler_one(method, args, reference, reference_args, batch):
-    torch.manual_seed(0)
-    loss, _ = method(*batch, *args)
-    torch.manual_seed(0)
-    expected, _ = reference(*batch, *reference_args)
-    assert_same(loss, expected, [*batch[0].parameters(), batch[3]])
-
-
-def test_at_with_beta_zero_is_natural_on_the_adversarial_images(batch, adversarial, fixed_attack):
-    model, _, labels, proxies = batch
-    assert_same(at(*batch, *BALL, 0)[0], natural(model, adversarial, labels, proxies)[0],
-                [*model.parameters(), proxies])
-
-
-def test_mixup_with_weight_zero_is_natural_on_the_partners(batch):
-    model, images, labels, proxies = batch
-    assert_same(mixup(*batch, 0.0, ORDER)[0],
-                natural(model, images[ORDER], labels[ORDER], proxies)[0],
-                [*model.parameters(), proxies])
-
-
 @pytest.mark.parametrize("live", [False, True])
-def test_at_has_beta_on_the_clean_term_and_live_batchnorm_sees_the_terms_apart(
-        live, batch, adversarial, fixed_attack):
+@pytest.mark.parametrize("attack_loss", ["shift", "label"])
+def test_at_has_beta_on_the_clean_term_and_live_batchnorm_sees_the_terms_apart(attack_loss, live,
+                                                                               batch, adversarial,
+                                                                               fixed_attack):
     model, images, labels, proxies = batch
     model.train(live)
-    loss, terms = at(*batch, EPS, STEP, 7, 0.3)
+    loss, terms = at(*batch, BALL, 0.3, attack_loss)
     clean, robust = (proxy_anchor_by_hand(model(x), labels, proxies) for x in (images, adversarial))
     assert abs(clean - robust) > 0.01                              # swapped weights would show
     assert number(loss) == pytest.approx(0.3 * clean + 0.7 * robust)
     assert number(terms["clean"]) == pytest.approx(clean)
     assert number(terms["adversarial"]) == pytest.approx(robust)
-    assert fixed_attack == [(model, images, EPS, STEP, 7)]
-    if live:
-        joint, _ = model(torch.cat([images, adversarial])).chunk(2)
-        assert abs(clean - proxy_anchor_by_hand(joint, labels, proxies)) > 1e-3
+    assert fixed_attack == [{"shift": ("shift_attack", model, images, BALL), "label": (
+        "label_attack", model, images, labels, proxies, BALL)}[attack_loss]]
 
 
-def mixup_by_hand(model, images, labels, proxies, w):
+def mixed_by_hand(target, model, images, labels, proxies, w):
     mixed = model(torch.stack([w * images[i] + (1 - w) * images[j] for i, j in enumerate(ORDER)]))
+    if target == "embedding":                    # every mixed image's one positive is its own row
+        clean = model(images)
+        rows = torch.stack([w * clean[i] + (1 - w) * clean[j] for i, j in enumerate(ORDER)])
+        return proxy_anchor_by_hand(mixed, range(len(images)), rows)
     own, other = (proxy_anchor_by_hand(mixed, x, proxies) for x in (labels, labels[ORDER]))
     assert abs(own - other) > 0.01                                 # swapped weights would show
     return w * own + (1 - w) * other
 
 
-def test_mixup_and_iat_mix_images_and_losses_with_the_same_weight_and_partners(
-        batch, adversarial, fixed_attack):
+@pytest.mark.parametrize("target", ["label", "embedding"])
+def test_mixup_and_iat_mix_images_and_targets_with_the_same_weight_and_partners(
+        target, batch, adversarial, fixed_attack, monkeypatch):
     model, images, labels, proxies = batch
-    clean, robust = (mixup_by_hand(model, x, labels, proxies, 0.3) for x in (images, adversarial))
-    assert number(mixup(*batch, 0.3, ORDER)[0]) == pytest.approx(clean)
-    loss, terms = iat(*batch, 0.3, ORDER, EPS, STEP, 7)
+    mixtures = iter([(0.3, ORDER)] * 2)          # mixup draws one, and iat one
+    monkeypatch.setattr(baselines, "draw_mixture", lambda _: next(mixtures))
+    clean, robust = (mixed_by_hand(target, model, x, labels, proxies, 0.3)
+                     for x in (images, adversarial))
+    assert number(mixup(*batch, BALL, target)[0]) == pytest.approx(clean)
+    assert number(mixed_loss(*batch, 0.3, ORDER, target)) == pytest.approx(clean)
+    loss, terms = iat(*batch, BALL, target)
     assert number(loss) == pytest.approx((clean + robust) / 2) and abs(clean - robust) > 0.01
     assert number(terms["mixed"]) == pytest.approx(clean)
     assert number(terms["mixed_adversarial"]) == pytest.approx(robust)
-    assert fixed_attack == [(model, images, EPS, STEP, 7)] and fixed_attack[0][1] is images
+    assert fixed_attack == [("shift_attack", model, images, BALL)]
 
 
-def test_the_embedding_target_of_mixup_is_the_mixed_embedding(batch):
-    model, images, _, _ = batch
-    expected = 0.0
-    for i, j in enumerate(ORDER):
-        m, x, y = model(torch.stack([0.3 * images[i] + 0.7 * images[j], images[i], images[j]]))
-        target = 0.3 * x + 0.7 * y
-        expected += (1 - m @ target / target.norm()) / 6
-    assert number(expected) > 1e-4
-    assert_same(mixup(*batch, 0.3, ORDER, "embedding")[0], expected, [*model.parameters()])
-    assert number(mixup(*batch, 1.0, ORDER, "embedding")[0]) == pytest.approx(0, abs=1e-12)
-
-
-@pytest.mark.parametrize("alpha, variance", [(1, 1 / 12), (0.2, 1 / 5.6)])
-def test_the_mixing_weight_is_beta_distributed_and_the_partners_are_a_permutation(alpha, variance):
+def test_the_mixing_weight_is_uniform_and_the_partners_are_a_permutation():
     torch.manual_seed(0)
-    weights, orders = zip(*(baselines.draw_mixture(torch.zeros(6), alpha) for _ in range(1000)))
+    weights, orders = zip(*(baselines.draw_mixture(torch.zeros(6)) for _ in range(1000)))
     assert torch.tensor(weights).mean() == pytest.approx(0.5, abs=0.05)
-    assert torch.tensor(weights).var() == pytest.approx(variance, rel=0.1)
+    assert torch.tensor(weights).var() == pytest.approx(1 / 12, rel=0.1)       # Beta(1, 1)
     assert all(sorted(order.tolist()) == list(range(6)) for order in orders)
     assert len({tuple(order.tolist()) for order in orders}) > 400
-    assert baselines.draw_mixture(torch.zeros(6), 0)[0] == 1
 
 
 def test_trades_adds_the_mean_squared_distance_with_a_gradient_through_both_embeddings(
         batch, adversarial, fixed_attack):
     model, images, labels, proxies = batch
-    tensors = [*model.parameters(), proxies]
-
-    def by_hand(stop_clean=False, stop_robust=False):
-        clean, robust = model(images), model(adversarial)
-        clean = clean.detach() if stop_clean else clean
-        robust = robust.detach() if stop_robust else robust
-        distance = sum((x - y) @ (x - y) for x, y in zip(clean, robust)) / 6
-        return natural(*batch)[0] + 2.5 * distance, distance
-
-    loss, terms = trades(*batch, EPS, STEP, 7, 2.5, "uniform")
-    assert number(terms["clean"]) == pytest.approx(
-        proxy_anchor_by_hand(model(images), labels, proxies))
-    assert number(terms["shift"]) == pytest.approx(number(by_hand()[1])) and terms["shift"] > 0.01
-    assert fixed_attack == [(model, images, EPS, STEP, 7, None)]
-    assert_same(loss, by_hand()[0], tensors)
-    for stops in ((True, False), (False, True)):
-        with pytest.raises(AssertionError):
-            assert_same(trades(*batch, *BALL, 2.5)[0], by_hand(*stops)[0], tensors)
-
-
-def trades_start(start, eps=EPS):
-    """x_adv - x of TRADES before the first step."""
-    images, proxies = random_images(24, low=0.2, high=0.8), torch.eye(4).double()
-    _, seen = watched_loss(trades, UnitNetwork(0), images, torch.arange(24) % 4, proxies, eps, STEP,
-                           0, 6.0, start)
-    (offset,) = (x - images for x in seen if not torch.equal(x, images))
-    assert offset.abs().max() <= eps + 1e-12 and abs(offset.mean()) < 0.05 * eps
-    return offset
-
-
-def test_trades_starts_at_the_image_plus_a_little_noise_projected_or_anywhere_in_the_ball():
-    gauss, narrow, uniform = (trades_start("gauss"), trades_start("gauss", 0.0005).abs(),
-                              trades_start("uniform") / EPS)
-    assert gauss.std() == pytest.approx(0.001, rel=0.1)
-    assert gauss.abs().max() > 0.0025                              # uniform noise ends at 0.00173
-    assert (narrow > 0.000499).double().mean() > 0.5               # 0.62 of it was outside
-    assert uniform.abs().mean() == pytest.approx(0.5, abs=0.05)
+    for options, weight in (((), 6), ((2.5,), 2.5)):
+        loss, terms = trades(*batch, BALL, *options)
+        distance = sum((x - y) @ (x - y) for x, y in zip(model(images), model(adversarial))) / 6
+        clean = common.proxy_anchor_loss(model(images), labels, proxies)
+        assert number(terms["clean"]) == pytest.approx(number(clean))
+        assert number(terms["shift"]) == pytest.approx(number(distance)) and terms["shift"] > 0.01
+        assert_same(loss, clean + weight * distance, [*model.parameters(), proxies])
 
 
 # ---- est, act
-
 
 def triplets_by_hand(anchors, positives, negatives):
     """mean max(0, d(a, p) - d(a, n) + 0.2), with a graph."""
@@ -317,14 +226,17 @@ def triplets_by_hand(anchors, positives, negatives):
     return sum(terms) / len(terms), [number(term) > 0 for term in terms]
 
 
-def test_est_mines_among_the_moved_embeddings_and_act_among_the_clean_ones(mined):
-    for method in (est, act):
-        model, images, _, seen = pairs(method)
-        embeddings, how, options, (a, p, _) = mined.pop()
-        assert torch.allclose(embeddings, model(seen[0] if method is est else images).detach())
-        assert not torch.allclose(seen[0], images, atol=0.5 * EPS)
-        assert a.tolist() == [0, 2, 4, 6] and p.tolist() == [1, 3, 5, 7]
-        assert how == "random" and options["cutoffs"] == (None, None) and not mined
+@pytest.mark.parametrize("source", ["random", "softhard", "hardest"])
+@pytest.mark.parametrize("method", [est, act])
+def test_est_mines_among_the_moved_embeddings_and_act_among_the_clean_ones(method, source, mined):
+    _, images, _, seen = pairs(method, source, model=UnitNetwork(3).train(method is act))
+    (embeddings, how, options, (a, p, _)), = mined
+    with torch.no_grad():                        # act mines in evaluation mode
+        expected = UnitNetwork(3)(seen[0] if method is est else images)
+    assert torch.allclose(embeddings, expected) and how == source
+    assert not torch.allclose(seen[0], images[:len(seen[0])], atol=0.5 * EPS)
+    assert a.tolist() == [0, 2, 4, 6] and options["cutoffs"] == (None, None)
+    assert source == "softhard" or p.tolist() == [1, 3, 5, 7]
 
 
 @pytest.mark.parametrize("method", [est, act])
@@ -341,26 +253,6 @@ def test_the_loss_of_est_and_act_is_the_triplet_loss_by_hand(method, mined):
     assert True in active and False in active
 
 
-@pytest.mark.parametrize("steps", [0, 5])
-def test_act_pushes_positives_and_negatives_together_from_zero_and_leaves_anchors(steps, mined):
-    model, images, _, (pushed, anchors) = pairs(act, steps=steps)
-    _, _, _, (a, p, n) = mined[0]
-    clean = images[torch.cat([p, n])]
-    assert torch.equal(anchors, images[a]) and len(a) == 4
-    assert torch.equal(pushed, clean) == (steps == 0)
-    assert_in_ball(pushed, clean, reach=0.7 if steps else -1)
-    with torch.no_grad():
-        before, after = (torch.sub(*model(x).chunk(2)).norm(dim=1) for x in (clean, pushed))
-    assert steps == 0 or (after < 0.9 * before).all()
-
-
-def test_act_mines_and_attacks_in_evaluation_mode_and_trains_in_the_given_one():
-    still, live = (pairs(act, "hardest", model=UnitNetwork(3).train(mode))
-                   for mode in (False, True))
-    assert all(torch.equal(x, y) for x, y in zip(still[3], live[3]))
-    assert live[0].training and not still[0].training and number(live[2]) != number(still[2])
-
-
 def test_on_a_linear_model_a_step_of_act_is_the_closed_form(mined):
     # -|W (p - n)| has the gradient -W^T W (p - n) / |W (p - n)| in p, and its opposite in n
     model, images, _, (pushed, _) = pairs(act, steps=1, model=linear_model(0))
@@ -369,20 +261,7 @@ def test_on_a_linear_model_a_step_of_act_is_the_closed_form(mined):
     step = STEP * ((images[n] - images[p]).flatten(1) @ weight.T @ weight).sign()
     step = step.view_as(images[p])
     expected = torch.cat([images[p] + step, images[n] - step])
-    assert torch.allclose(pushed, expected.clamp(0, 1)) and (step != 0).all()
-
-
-@pytest.mark.parametrize("source", ["random", "semihard", "softhard", "distance", "hardest"])
-@pytest.mark.parametrize("method", [est, act])
-def test_every_source_keeps_the_partner_except_softhard(method, source, mined):
-    for seed in range(8):
-        loss = pairs(method, source, 1, seed)[2]
-        assert torch.isfinite(loss) and loss.requires_grad
-    for _, how, _, (a, p, n) in mined:
-        assert how == source and a.tolist() == [0, 2, 4, 6] and (a != p).all()
-        assert torch.equal(PAIRS[p], PAIRS[a]) and (PAIRS[n] != PAIRS[a]).all()
-    kept = [torch.equal(p, a + 1) for _, _, _, (a, p, _) in mined]
-    assert len(kept) == 8 and all(kept) == (source != "softhard")
+    assert torch.allclose(pushed, expected.clamp(0, 1)) and (step != 0).all()    # from zero
 
 
 @pytest.mark.parametrize("method", [est, act])
@@ -393,118 +272,64 @@ def test_a_batch_of_one_class_has_loss_zero_with_a_graph(method):
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-# ---- vote of an ensemble
+# ---- training
 
-FIRST, SECOND = [0, 10, 90, 25], [0, 50, 80, 60]                   # degrees on the circle
-
-
-@pytest.mark.parametrize("members, recall, tied, lost, won", [
-    ((FIRST, SECOND), 0.75, 0.25, 0.5, 0.75),     # image 1: 0 against 1, the first voter is right
-    ((SECOND, FIRST), 0.5, 0.25, 0.5, 0.75),      # ... and now wrong
-    ((SECOND, FIRST, FIRST), 0.75, 0, 0.75, 0.75),                 # a majority overrules it
-])
-def test_the_vote_is_counted_as_by_hand(members, recall, tied, lost, won):
-    # labels of the nearest: FIRST 0 0 1 0, SECOND 0 1 1 0; both are wrong about image 3
-    angles = [torch.tensor(own, dtype=torch.float64).deg2rad() for own in members]
-    scores = common.metrics_by_rule([torch.stack([x.cos(), x.sin()], 1) for x in angles],
-                                    torch.tensor([0, 0, 1, 1]), ks=(1,), clusters=2, seed=0,
-                                    clustering=False)
-    vote = scores["vote"]
-    assert (vote["R@1"], vote["tie_share"]) == (recall, tied)
-    assert (vote["R@1_ties_lost"], vote["R@1_ties_won"]) == (lost, won)
-    assert [scores[f"member_{i + 1}"]["R@1"] for i in range(len(members))] \
-        == [0.75 if own is FIRST else 0.5 for own in members]
-
-
-# ---- flags
-
-METHODS = ("natural", "at", "mixup", "iat", "trades", "ensemble", "est", "act")
-KE = dict(arch="mobilenetv2", embedding_dim=128, crop="resized", epochs=200, batch_size=120,
-          lr=1e-4, weight_decay=1e-4, eps=16 / 255, step_size=4 / 255, attack_steps=10,
-          warmup_epochs=1)
-ZHOU = dict(arch="resnet18", embedding_dim=512, crop="square", epochs=75, batch_size=112, lr=1e-5,
-            weight_decay=4e-4, eps=8 / 255, step_size=1 / 255, attack_steps=8, warmup_epochs=0)
-SHARED = dict(image_size=224, freeze_bn=True, images_per_class=0, eps_ramp_epochs=0,
-              benign_epochs=0, beta=0.5, mixup_alpha=1, mixup_target="label", trades_lambda=6,
-              trades_start="gauss", members=3, members_method="at", split=False, source="random",
-              eval_eps=8 / 255, eval_step_size=2 / 255, eval_steps=10)
+@pytest.mark.parametrize("method, words, options", [
+    ("natural", "", {}), ("at", "--beta 0.2 --attack-loss label", dict(beta=0.2,
+                                                                      attack_loss="label")),
+    ("mixup", "--mixup-target embedding", dict(mixup_target="embedding")),
+    ("iat", "", dict(mixup_target="label")), ("trades", "--trades-lambda 1",
+                                              dict(trades_lambda=1)),
+    ("est", "--source hardest", dict(source="hardest")), ("act", "", dict(source="random"))])
+def test_a_step_gets_the_flags_of_its_method_and_the_ball_of_its_epoch(method, words, options,
+                                                                       tmp_path, monkeypatch):
+    calls, step = [], baselines.METHODS[method]
+    monkeypatch.setitem(baselines.METHODS, method, lambda *args, **options: calls.append(
+        (*args, options)) or step(*args, **options))
+    run(method, tmp_path / "run", f"{words} --epochs 3 --eps 8/255 --step-size 3/255 "
+        "--attack-steps 2 --eps-ramp 0 2")
+    each = len(calls) // 3
+    balls = [ball for _, _, _, _, ball, _ in calls]
+    assert balls[::each] == [(0, 0, 0), pytest.approx((EPS / 2, 1.5 / 255, 2)),
+                             pytest.approx((EPS, 3 / 255, 2))]
+    assert all(given == options for *_, given in calls) and each == (8 if method in (
+        "est", "act") else 4)
+    for _, images, labels, points, *_ in calls:
+        assert images.shape == (6, 3, 32, 32) and (points is None) == (method in ("est", "act"))
+        if points is None:                       # a batch of pairs
+            assert torch.equal(labels[::2], labels[1::2])
 
 
-def flags(words):
-    return baselines.parse_args(["--dataset", "cub", *words.split()])
+@pytest.mark.parametrize("split", [True, False])
+def test_network_i_never_trains_on_part_i_if_split_and_on_everything_otherwise(split, tmp_path,
+                                                                               monkeypatch):
+    drawn, batches = [], common.Run.batches
+
+    def watched(books, numbers, **options):
+        drawn.append(torch.cat(numbers).tolist())
+        return batches(books, numbers, **options)
+
+    monkeypatch.setattr(common.Run, "batches", watched)
+    run("at", tmp_path / "run", "--members 3" + " --split" * split)
+    part = common.split_by_image(torch.arange(3).repeat_interleave(8), 3, seed=0).tolist()
+    assert len(drawn) == 12 and drawn[0] != drawn[1] != drawn[2]
+    for k, rows in enumerate(drawn):             # network after network, epoch after epoch
+        allowed = {row for row in range(24) if not split or part[row] != k % 3}
+        assert set(rows) <= allowed and len(rows) == len({*rows}) > len(allowed) - 6
 
 
-def refusal(words, capsys):
-    """The one line with which these flags are refused."""
-    with pytest.raises(SystemExit) as stop:
-        flags(words)
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2 and out == "" and err.count("\n") == 1
-    return err
+def test_act_without_its_attack_is_natural_training(tmp_path):
+    def loss(model, images, labels):
+        with torch.no_grad():
+            triplet = common.mine_pairs(model(images), labels, "random")
+        return triplets_by_hand(*(model(images[rows]) for rows in triplet))[0]
 
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_defaults_are_the_recipe_of_the_paper(method):
-    expected = {**SHARED, **(ZHOU if method in ("est", "act") else KE), "method": method}
-    args = vars(flags(f"--method {method}"))
-    assert {name: args[name] for name in expected} == expected
-
-
-def test_small_runs_are_as_small_as_those_of_eat():
-    assert baselines.SMALL == eat.SMALL
-    for method in METHODS:
-        small = baselines.SMALL_TRIPLET if method in ("est", "act") else baselines.SMALL
-        args = vars(baselines.parse_args([f"--method={method}"]))
-        assert args["dataset"] == "glyphs" and small.items() <= args.items()
-
-
-@pytest.mark.parametrize("words, folder", [
-    ("trades --trades-lambda 1", "trades-lambda1-cub-mobilenetv2-s0"),
-    ("trades --init uniform", "trades-uniform-cub-mobilenetv2-s0"),
-    ("at --beta 0", "at-beta0-cub-mobilenetv2-s0"), ("natural", "natural-cub-mobilenetv2-s0"),
-    ("ensemble --members-method natural", "ensemble-natural-cub-mobilenetv2-s0"),
-    ("ensemble --split --seed 2", "ensemble-split-cub-mobilenetv2-s2"),
-    ("mixup --mixup-target embedding", "mixup-embedding-cub-mobilenetv2-s0"),
-    ("iat --mixup-alpha 0.2", "iat-alpha0.2-cub-mobilenetv2-s0"),
-    ("act --source softhard --arch resnet50", "act-softhard-cub-resnet50-s0"),
-])
-def test_the_folder_of_a_run_names_what_is_not_the_default(words, folder):
-    assert flags(f"--method {words}").out == f"runs/{folder}"
-    assert eat.parse_args(["--beta", "0", "--dataset", "cub"]).out \
-        == "runs/eat-beta0-cub-mobilenetv2-s0"
-
-
-@pytest.mark.parametrize("flag, default, other, owners", [
-    ("--beta", "--beta 0.5", "--beta 0", "at, ensemble"),
-    ("--mixup-alpha", "--mixup-alpha 1", "--mixup-alpha 0", "mixup, iat"),
-    ("--mixup-target", "--mixup-target label", "--mixup-target embedding", "mixup"),
-    ("--trades-lambda", "--trades-lambda 6", "--trades-lambda 0", "trades"),
-    ("--trades-start", "--trades-start gauss", "--trades-start uniform", "trades"),
-    ("--members", "--members 3", "--members 2", "ensemble"),
-    ("--members-method", "--members-method at", "--members-method natural", "ensemble"),
-    ("--split", "--no-split", "--split", "ensemble"),
-    ("--source", "--source random", "--source softhard", "est, act"),
-])
-def test_another_methods_flag_is_refused_by_name_unless_it_is_the_default(flag, default, other,
-                                                                          owners, capsys):
-    for method in METHODS:
-        assert flags(f"--method {method} {default}").method == method
-        if method in owners.split(", "):
-            assert flags(f"--method {method} {other}").method == method
-        else:
-            assert f"{flag} belongs to --method {owners}, not to {method}:" \
-                in refusal(f"--method {method} {other}", capsys)
-
-
-@pytest.mark.parametrize("words, flag, good", [
-    ("est --images-per-class 2", "--images-per-class", "est --images-per-class 0"),
-    ("act --images-per-class 2", "--images-per-class", "act --images-per-class 0"),
-    ("at --images-per-class 121", "--images-per-class 121", "at --images-per-class 120"),
-    ("ensemble --members 1 --split", "drop --split", "ensemble --members 1 --no-split"),
-    ("est --batch-size 2", "--batch-size 2", "est --batch-size 4"),
-    ("ensemble --members-method natural --beta 0", "--beta",
-     "ensemble --members-method natural --beta 0.5"),
-])
-def test_flags_that_contradict_each_other_are_refused_by_name(words, flag, good, capsys):
-    assert flag in refusal(f"--method {words}", capsys)
-    assert flags(f"--method {good}").method == good.split()[0]
+    words = "--epochs 2 --eps 0 --batch-size 12 --freeze-bn"
+    run("act", tmp_path / "run", words)
+    plain = books(words, "act")
+    expected = trained_by_hand(plain, lambda epoch: common.pair_batches(
+        plain.train.labels, 12, 0, epoch), loss)
+    (weights,) = saved(tmp_path / "run")["members"]
+    assert weights.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.allclose(weights[name], value, atol=1e-4), name

@@ -1,234 +1,320 @@
-"""eval.py without a run, with --save-embeddings, and where it is interrupted."""
+"""The command line of eval.py, on a run of two tiny networks and 48 tiny pictures."""
 
 import json
+import multiprocessing
 import shutil
-from unittest.mock import Mock
+import time
+import warnings
 
 import numpy as np
 import pytest
-import test_scripts
 import torch
-from test_scripts import HERE, RULES, contents, evaluate, must_not_run, stored, without_seconds
+from PIL import Image
 
 import common
+import eat
 import eval as evaluator
 
-pictures, fails = test_scripts.pictures, test_scripts.fails
-finished_run, finished = test_scripts.finished_run, test_scripts.finished
-TEMPLATE = ("--protocol", "template", *HERE)
+HERE = ("--workers", "0", "--device", "cpu")
+TEMPLATE = (*HERE, "--protocol", "template", "--attack-steps", "1")
+TRAIN = ("--dataset folder --arch convnet --weights none --image-size 32 --embedding-dim 8 "
+         "--batch-size 6 --attack-steps 1 --members 2 --workers 0 --device cpu").split()
 
 
-def model(dim=8):
-    torch.manual_seed(3)
-    return common.build_model("convnet", dim)
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Six classes of eight pictures, noise around a colour; the last three are reported on."""
+    root, generator = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for label in range(6):
+        (root / f"class{label}").mkdir()
+        colour = generator.integers(60, 196, 3)
+        for i in range(8):
+            noise = generator.integers(-60, 60, (32, 32, 3))
+            Image.fromarray((colour + noise).astype(np.uint8)).save(root / f"class{label}/{i}.png")
+    return root
 
 
-@pytest.fixture
-def network(pictures, tmp_path):
-    """network(content): the flags that evaluate a file with this content instead of a run."""
-    def make(content):
-        torch.save(content, tmp_path / "mine.pth")
-        return ["--arch", "convnet", "--embedding-dim", "8", "--weights", tmp_path / "mine.pth",
-                "--image-size", "32", "--dataset", "folder", "--data-root", pictures, *HERE]
+@pytest.fixture(scope="session")
+def trained(pictures, tmp_path_factory):
+    """trained(seed, epochs): a run; tests copy it."""
+    def make(seed=0, epochs=1):
+        out = root / f"run-s{seed}-{epochs}"
+        if not out.exists():
+            eat.main(eat.parse_args([*TRAIN, "--seed", str(seed), "--epochs", str(epochs), "--out",
+                                     str(out), "--data-root", str(pictures)]))
+        return out
+    root = tmp_path_factory.mktemp("runs")
     return make
 
 
-def report(tmp_path, *arguments):
-    """What --json writes of one run."""
-    evaluate(*arguments, "--json", tmp_path / "report.json")
-    (outcome,) = json.loads((tmp_path / "report.json").read_text())
-    return outcome
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained(), tmp_path / "run")
 
 
-def photos(pictures, limit=None):
+@pytest.fixture
+def fails(capsys, monkeypatch):
+    """fails(words, flags...): exit code 2 and one line on stderr with these words."""
+    def check(words, *arguments):
+        monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)   # restored later
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            common.run_script(lambda: evaluator.parse_args(list(map(str, arguments))),
+                              evaluator.main)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and "error: " in error, error
+        for word in words:
+            assert word in error, error
+    return check
+
+
+@pytest.fixture
+def attacks_made(monkeypatch):
+    """The radii of the attacks that are made; at a radius that is in `stop`, an interrupt."""
+    made, stop, whole = [], set(), evaluator.attacked
+
+    def watched(retrieval, attack, *rest, **options):
+        if attack.eps in stop:
+            raise KeyboardInterrupt
+        made.append(attack.eps)
+        return whole(retrieval, attack, *rest, **options)
+
+    monkeypatch.setattr(evaluator, "attacked", watched)
+    return made, stop
+
+
+def evaluate(*arguments):
+    return evaluator.main(evaluator.parse_args(list(map(str, arguments))))
+
+
+def evaluate_in_child(arguments):
+    torch.set_num_threads(1)
+    evaluate(*arguments)
+
+
+def start(*arguments):
+    """eval.py in a process of its own, forked from one that has imported torch."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["torch", "torchvision", "pytest"])
+    process = server.Process(target=evaluate_in_child, args=(arguments,))
+    process.start()
+    return process
+
+
+def stored(run):
+    return json.loads((run / "results.json").read_text())
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def timeless(records):
+    return [{**record, "seconds": 0} for record in records]
+
+
+def test_flags_of_several_values_are_a_product():
+    args = evaluator.parse_args("run --protocol template --attack pgd cw --eps 0.01 0.05 --seed 3 4"
+                                " --objective neighbour impostor --attack-steps 2".split())
+    attacks = evaluator.attacks_of(args, 9)
+    assert len(attacks) == 16 == len(set(attacks)) and {attack.steps for attack in attacks} == {2}
+    assert attacks[5] == evaluator.attack_of("template", "pgd", objective="impostor", eps=0.01,
+                                             steps=2, seed=4)
+    (attack,) = evaluator.attacks_of(evaluator.parse_args(["run"]), 9)
+    assert (attack.protocol, attack.objective, attack.seed) == ("clustering", "shift", 9)
+
+
+def test_records_are_stored_one_by_one_and_read_back(run, attacks_made, capsys):
+    made, stop = attacks_made
+    several, before = [run, *TEMPLATE, "--eps", "0.01", "0.02", "0.03"], stored(run)
+    stop.add(0.02)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(*several)
+    first = stored(run)
+    assert first["robust"][:1] == before["robust"] and len(first["robust"]) == 2
+    assert {**first, "robust": 0} == {**before, "robust": 0} and "clean" not in first["robust"][1]
+    stop.clear()
+    (entry,) = evaluate(*several)
+    table = capsys.readouterr().out
+    assert made == [0.01, 0.02, 0.03] and stored(run)["robust"][1:] == entry["records"]
+    assert entry["records"][0] == first["robust"][1] and entry["clean"] == before["clean"]
+    (again,) = evaluate(*several)
+    assert made == [0.01, 0.02, 0.03] and again == entry
+    shown = capsys.readouterr().out
+    assert shown.endswith("\n".join(table.splitlines()[-12:]) + "\n") and "eps 5.1/255" in shown
+    (entry,) = evaluate(*several, "--overwrite")
+    assert made == [0.01, 0.02, 0.03] * 2 and timeless(entry["records"]) == timeless(
+        again["records"]) and stored(run)["robust"][1:] == entry["records"]
+    evaluate(run, *HERE)                                    # of the closing evaluation
+    assert len(made) == 6
+    for more in (["--seed", "1"], ["--objective", "self"], ["--restarts", "2"],
+                 ["--attack-steps", "2"], ["--step-size", "0.001"]):
+        evaluate(run, *TEMPLATE, *more)
+    assert len(made) == 11 and len(stored(run)["robust"]) == 9
+
+
+def test_the_closing_evaluation_is_what_eval_measures_and_python_too(run, pictures):
+    closing = stored(run)
+    (entry,) = evaluate(run, *HERE, "--overwrite")
+    assert timeless(entry["records"]) == timeless(closing["robust"])
+    assert entry["clean"] == closing["clean"] and entry["warnings"] == closing["warnings"]
     test = common.load_dataset("folder", pictures, image_size=32)[1]
-    test = common.balanced_subset(test, limit) if limit else test
-    return test, torch.stack([image for image, _ in test])
+    images = torch.stack([image for image, _ in test]).to(memory_format=torch.channels_last)
+    result = evaluator.evaluate_robustness(common.load_model(run), images, test.labels)
+    assert timeless(result["robust"]) == timeless(closing["robust"])
 
 
-# ---- without a run
-
-@pytest.mark.parametrize("protocol, objective, wrap", [
-    ("clustering", "shift", dict), ("template", "neighbour", lambda state: {"state_dict": state})])
-def test_a_network_without_a_run_scores_as_with_evaluate_robustness(protocol, objective, wrap,
-                                                                    network, pictures, tmp_path):
-    outcome = report(tmp_path, *network(wrap(model().state_dict())), "--protocol", protocol,
-                     "--eps", "0.02", "--step-size", "0.01", "--seed", "5", "--table",
-                     tmp_path / "table")
-    test, images = photos(pictures)
-    images = images.to(memory_format=common.CHANNELS_LAST)     # random starts follow the layout
-    expected = evaluator.evaluate_robustness(
-        model(), images, test.labels, protocol=protocol, objective=objective, eps=0.02,
-        step_size=0.01, steps=1, seed=5)
-    assert without_seconds(outcome) == without_seconds(expected) and len(expected["robust"]) == 1
-    table = json.loads((tmp_path / "table.json").read_text())
-    own = table["flags"][table["rows"][0]["name"]]
-    assert outcome["run"] == "convnet mine" == table["rows"][0]["name"]
-    assert (own["weights"], own["pool"], own["image_size"]) == ("mine.pth", "avg", 32)
-    assert set(contents(tmp_path)) == {"mine.pth", "report.json", "table.json", "table.md"}
+def test_unfinished_runs_and_bare_checkpoints_store_nothing(run, trained, tmp_path, capsys):
+    content = torch.load(run / "last.pt")
+    torch.save({**content, "args": {**content["args"], "epochs": 5}}, run / "last.pt")
+    shutil.copy(run / "last.pt", tmp_path / "bare.pt")
+    before = contents(tmp_path)
+    first, second = evaluate(run, tmp_path / "bare.pt", *TEMPLATE)
+    assert timeless(first["records"]) == timeless(second["records"])
+    assert contents(tmp_path) == before and capsys.readouterr().out.count("nothing is stored") == 2
 
 
-def test_an_embedding_layer_that_is_not_in_the_file_is_drawn_with_a_warning(network, tmp_path,
-                                                                            capsys):
-    command = network(model().backbone.state_dict())
-    first, again, other = (report(tmp_path, *command, "--seed", seed) for seed in (0, 0, 1))
-    assert without_seconds(first) == without_seconds(again)
-    assert first["clean"] != other["clean"]
-    assert first["warnings"][0].startswith("the embedding layer is random: ")
-    assert capsys.readouterr().out.count("warning: convnet mine: the embedding layer is random") > 2
+def test_a_limited_subset_has_its_own_clean_scores(run, capsys):
+    whole = stored(run)["clean"]
+    for _ in range(2):                                      # measured, then read back
+        (entry,) = evaluate(run, *TEMPLATE, "--limit-queries", "10")
+        (record,) = entry["records"]
+        assert record["limited"] and record["n_queries"] == 10 == entry["clean"]["n_queries"]
+        assert record["clean"] == entry["clean"] != whole == stored(run)["clean"]
+        assert ", 10 images" in capsys.readouterr().out
+    (entry,) = evaluate(run, *TEMPLATE, "--limit-queries", "100")
+    assert entry["clean"] == whole and not entry["records"][0]["limited"]
+    assert len(stored(run)["robust"]) == 3
 
 
-def test_ers_and_embeddings_of_generated_images_need_no_file(tmp_path):
-    flags = ["--dataset", "gaussian", "--arch", "convnet", *HERE, "--limit-queries", "100"]
-    assert "ERS" in report(tmp_path, *flags, "--protocol", "ers")["robust"][0]
-    evaluate(*flags, "--save-embeddings", tmp_path / "some.npz")
-    assert np.load(tmp_path / "some.npz")["paths"][0].startswith("gaussian/mean-")
-
-
-@pytest.mark.parametrize("content, words", [
-    (lambda run: model(16).state_dict(), "--embedding-dim"),
-    (lambda run: common.build_model("resnet18", 8).state_dict(), "weights of convnet"),
-    (lambda run: {"head.weight": torch.zeros(8, 128)}, "missing"),
-    (lambda run: {1: 2}, "named tensors"), (lambda run: torch.load(run / "last.pt"), "eval.py RUN")
-], ids=["dim", "arch", "part", "numbers", "run"])
-def test_a_file_that_does_not_fit_is_one_line(content, words, network, finished_run, tmp_path,
-                                              fails):
-    fails(2, ["mine.pth", words], evaluator, *network(content(finished_run)), "--json",
-          tmp_path / "report.json")
-    assert not (tmp_path / "report.json").exists()
+def test_one_table_holds_all_runs_once(run, trained, tmp_path, capsys):
+    shutil.copytree(trained(1), tmp_path / "rune")
+    (tmp_path / "runs").mkdir()
+    capsys.readouterr()
+    report = evaluate(tmp_path / "run*", f"{run}/", *TEMPLATE, "--eps", "0.01", "0.02")
+    lines = capsys.readouterr().out.splitlines()
+    assert [entry["run"] for entry in report] == ["run", "rune"]
+    assert f"{tmp_path / 'runs'}: no checkpoint, left out" in lines
+    title = next(i for i, line in enumerate(lines) if line.startswith(
+        "protocol template, objective neighbour, attack pgd, against sum, steps 1, restarts 1"))
+    rows = [line.split() for line in lines[title + 1:] if not line.startswith("warning: ")]
+    assert rows[0] == ["R@1", "R@2", "R@4", "R@8", "mAP@R", "NMI", "AMI", "F1"]
+    assert len(rows) == 1 + 2 * 6 * 3 == len({tuple(row[:4]) for row in rows})
+    score = report[1]["records"][1]["scores"]["mean"]["R@1"]
+    assert ["rune", "mean", "eps", "5.1/255", f"{100 * score:.1f}"] in [row[:5] for row in rows]
 
 
 @pytest.mark.parametrize("bad, words", [
-    ("RUN --arch convnet", ["--arch", "RUN"]), ("RUN --embedding-dim 128", ["--embedding-dim"]),
-    ("", ["--weights"]), ("--data-root .", ["--weights"]),
-    ("RUN --save-embeddings no/a.npz", ["--save-embeddings no/a.npz"]),
-    ("RUN RUN2 --save-embeddings a.npz", ["2 runs"]),
-    ("RUN --attack pgd fgsm --save-embeddings a.npz --protocol template", ["one attack", "FGSM"]),
-    ("RUN --protocol ers --save-embeddings a.npz", ["ers"])])
-def test_flags_that_do_not_fit_are_one_line(bad, words, finished, tmp_path, monkeypatch, fails):
-    shutil.copytree(shutil.copytree(finished, tmp_path / "RUN"), tmp_path / "RUN2")
-    before = contents(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    fails(2, words, evaluator, *bad.split())
-    assert contents(tmp_path) == before
+    ("--eps 8", ["8/255"]), ("--eps 8/0", ["8/0"]), ("--objective neighbour", ["clustering has"]),
+    ("--attack-steps -1", ["-1"]), ("--attack cw", ["--protocol template"]),
+    ("--protocol ers", ["100 images"]), ("--against member_3", ["2 in number"]),
+    ("--device nope", ["--device nope"]), ("--overwrite --data-root nowhere", ["nowhere"]),
+    ("--attack strong --attack-steps 9", ["frozen"]), ("--gallery-from RUN", ["template"]),
+    ("--transfer-from RUN", ["--checks"]), ("--checks --transfer-from nowhere", ["nowhere"]),
+    ("--checks --attack fgsm", ["PGD"]), ("--save-embeddings no/a.npz", ["no/a.npz"]),
+    ("--objective joint --attack fgsm", ["pgd or strong"]), ("--against vote", ["impostor or"]),
+    ("--objective worst --against mean", ["drop --against mean"]), ("--against member_0", ["sum,"]),
+    ("--protocol template --attack cw --restarts 2", ["one start"]), ("--attack bim", ["bim"]),
+    ("--save-embeddings a.npz --eps 0.1 0.2", ["one attack"]),
+    ("--protocol ers --save-embeddings a.npz", ["ers"]), ("nowhere*", ["nowhere*"])])
+def test_a_bad_value_is_one_line_and_nothing_is_written(bad, words, run, fails):
+    before = contents(run)
+    fails(words, run, *HERE, *bad.split())
+    assert contents(run) == before
 
 
-# ---- --save-embeddings
+def test_damaged_results_and_data_that_has_changed_are_refused(run, pictures, tmp_path, fails):
+    shutil.copytree(pictures, tmp_path / "pictures")
+    shutil.copy(pictures / "class4/0.png", tmp_path / "pictures/class4/8.png")
+    before = contents(run)
+    fails(["has changed", "class4"], run, *TEMPLATE, "--data-root", tmp_path / "pictures")
+    assert contents(run) == before
+    for damaged in ({"robust": [{}]}, {"clean": []}, {"warnings": None}):
+        (run / "results.json").write_text(json.dumps({**stored(run), **damaged}))
+        fails(["results.json"], run, *TEMPLATE)
+
 
 @pytest.mark.parametrize("options", [
-    "", "--protocol template", "--protocol template --attack cw",
-    "--protocol template --min-eps --limit-queries 12"])
-def test_saved_embeddings_are_the_networks_and_have_the_printed_recall(options, finished, pictures,
-                                                                       tmp_path):
-    outcome = report(tmp_path, finished, *HERE, *options.split(), "--save-embeddings",
-                     tmp_path / "some.npz")
-    saved = np.load(tmp_path / "some.npz")
-    assert set(saved) == {"clean", "attacked", "labels", "paths", "classes", "attack"}
-    test, images = photos(pictures, 12 if "limit" in options else None)
-    assert [str(pictures / path) for path in saved["paths"]] == test.paths
+    "", "--protocol template --attack cw --attack-steps 3 --limit-queries 12"])
+def test_saved_embeddings_have_the_printed_recall(options, run, pictures, tmp_path):
+    path = tmp_path / "some.npz"
+    (entry,) = evaluate(run, *HERE, *options.split(), "--save-embeddings", path)
+    (record,), saved = entry["records"], np.load(path)
+    assert set(saved) == {"clean", "attacked", "labels", "paths", "classes", "rows", "attack",
+                          "images_clean", "images_attacked"}
+    test = common.load_dataset("folder", pictures, image_size=32)[1]
+    test = common.balanced_subset(test, 12) if options else test
+    assert [str(pictures / name) for name in saved["paths"]] == test.paths
     assert saved["classes"].tolist() == test.classes == ["class3", "class4", "class5"]
-    assert saved["labels"].tolist() == test.labels.tolist()
-    clean, attacked = torch.from_numpy(saved["clean"]), torch.from_numpy(saved["attacked"])
-    expected = common.embed(common.load_model(finished), [(images, None, None)])
-    torch.testing.assert_close(clean, torch.stack(expected))
-    assert json.loads(str(saved["attack"])).items() <= outcome["robust"][0].items()
-    for i, own in enumerate(attacked):
-        entry = next(entry for entry in outcome["robust"] if entry["rule"] == f"member_{i + 1}")
-        recall = common.recall_at_k(own, test.labels, (1, 2), clean[i] if options else None)
-        assert recall == {1: entry["R@1"], 2: entry["R@2"]}
+    assert torch.equal(torch.from_numpy(saved["labels"]), test.labels)
+    assert json.loads(str(saved["attack"])).items() <= record.items()
+    for images, name in ("images_clean", "clean"), ("images_attacked", "attacked"):
+        embeddings = common.embed(common.load_model(run), [(torch.from_numpy(saved[images]), 0, 0)])
+        torch.testing.assert_close(torch.from_numpy(saved[name]), torch.stack(embeddings))
+    assert np.abs(saved["images_attacked"] - saved["images_clean"]).max() <= record["eps"] + 1e-6
+    clean, moved = (torch.from_numpy(saved[name])[1] for name in ("clean", "attacked"))
+    recall = common.recall_at_k(moved, test.labels, (1, 2), clean if options else None)
+    row = record["scores"]["member_2"]
+    assert recall == {1: row["R@1"], 2: row["R@2"]}
 
 
-@pytest.mark.parametrize("protocol", ["clustering", "template"])
-def test_a_gallery_is_saved_too(protocol, network, pictures, tmp_path, monkeypatch):
-    monkeypatch.delitem(common.EXPECTED, "inshop")
-    splits = [("train" if label < 3 else "query" if i < 3 else "gallery", label, i)
-              for label in range(6) for i in range(8)]
-    lines = ["48", "image_name item_id evaluation_status",
-             *(f"img/class{label}/{i}.png id_{label} {split}" for split, label, i in splits)]
-    (tmp_path / "list_eval_partition.txt").write_text("\n".join(lines))
-    (tmp_path / "img").symlink_to(pictures)
-    outcome = report(tmp_path, *network(model().state_dict()), "--dataset", "inshop", "--data-root",
-                     tmp_path, "--inshop-protocol", "gallery", "--protocol", protocol,
-                     "--save-embeddings", tmp_path / "some.npz")
-    saved = {name: values for name, values in np.load(tmp_path / "some.npz").items()}
-    assert saved["paths"].tolist()[:2] == ["img/class3/0.png", "img/class3/1.png"]
-    assert saved["gallery_paths"].tolist()[-1] == "img/class5/7.png"
-    assert ("gallery_attacked" in saved) == (protocol == "clustering")
-    met = torch.from_numpy(saved.get("gallery_attacked", saved["gallery"]))[0]
-    labels, names = (torch.from_numpy(saved[name]) for name in ("labels", "gallery_labels"))
-    recall = common.recall_at_k(torch.from_numpy(saved["attacked"])[0], labels, (1,), met, names)
-    assert recall[1] == outcome["robust"][0]["R@1"]
+def test_a_gallery_of_another_run_is_that_runs(run, trained, pictures):
+    command = [run, *TEMPLATE, "--objective", "shift"]
+    evaluate(*command)
+    for _ in range(2):
+        (entry,) = evaluate(*command, "--gallery-from", trained(1))
+        assert entry["records"][0]["gallery_from"] == trained(1).name
+    assert len(stored(run)["robust"]) == 3                  # beside that of its own gallery
+    test = common.load_dataset("folder", pictures, image_size=32)[1]
+    images = torch.stack([image for image, _ in test])
+    own, other = (common.embed(common.load_model(path), [(images, 0, 0)])[1]
+                  for path in (run, trained(1)))
+    assert entry["clean"]["scores"]["member_2"]["R@2"] == common.recall_at_k(
+        own, test.labels, (2,), other)[2]
 
 
-def test_embeddings_of_a_stored_attack_are_made_again_and_its_entries_stay(finished, tmp_path,
-                                                                           capsys):
-    evaluate(finished, *TEMPLATE)
-    before = contents(finished)
-    evaluate(finished, *TEMPLATE, "--save-embeddings", tmp_path / "some.npz")
-    assert "attacked again for --save-embeddings" in capsys.readouterr().out
-    assert contents(finished) == before and np.load(tmp_path / "some.npz")["clean"].shape[0] == 2
+def test_failed_checks_are_printed_and_kept_until_they_pass(run, trained, capsys, monkeypatch):
+    monkeypatch.setattr(evaluator, "SWEEP", (128,))
+    before = stored(run)
+    evaluate(run, *HERE, "--checks", "--attack-steps", "1", "--transfer-from", trained(1))
+    output, results = capsys.readouterr().out, stored(run)
+    alerts = results["warnings"][len(before["warnings"]):]
+    mark = "(clustering: shift, PGD-1, eps 8/255): "
+    assert output.count("\npass  ") + len(alerts) + output.count("WARNING  collapse") >= 18 > 3
+    assert "  transfer: " in output and alerts and results["warnings"][:2] == before["warnings"]
+    for alert in alerts:
+        name, text = alert.removeprefix("check ").split(f" {mark}")
+        assert f"WARNING  {name}: {text}\n" in output and f"warning: run: {alert}\n" in output
+    assert {**results, "warnings": 0, "robust": 0} == {**before, "warnings": 0, "robust": 0}
+    for outcome in ([("odd", False, "bad"), ("even", True, "good")], [("odd", True, "good")]):
+        monkeypatch.setattr(evaluator, "checks", lambda *_, outcome=outcome: iter(outcome))
+        evaluate(run, *HERE, "--checks", "--attack-steps", "1")
+        assert stored(run)["warnings"] == before["warnings"] + [
+            f"check {name} {mark}{text}" for name, passed, text in outcome if not passed]
 
 
-# ---- attack by attack
-
-@pytest.fixture
-def attacked(monkeypatch):
-    """The radii of the attacks that are made. attacked.before[eps](): called before that attack."""
-    made, whole = Mock(before={}, eps=[]), evaluator.attack_entries
-
-    def watched(retrieval, attack, proxies):
-        made.before.get(attack.eps, bool)()
-        made.eps.append(attack.eps)
-        return whole(retrieval, attack, proxies)
-
-    monkeypatch.setattr(evaluator, "attack_entries", watched)
-    return made
+def test_two_processes_that_store_at_once_lose_nothing(run):
+    radii = [[str(eps / 1000) for eps in range(first, 40, 2)] for first in (1, 2)]
+    processes = [start(run, *TEMPLATE, "--eps", *own) for own in radii]
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    found = [record["eps"] for record in stored(run)["robust"][1:]]
+    assert sorted(found) == sorted(float(eps) for own in radii for eps in own)
+    assert sorted(path.name for path in run.iterdir()) == ["args.json", "last.pt", "log.jsonl",
+                                                           "results.json"]
 
 
-@pytest.mark.parametrize("limit", ["0", "12"])
-def test_an_interrupt_keeps_the_attacks_that_are_finished(limit, finished, attacked, monkeypatch,
-                                                          capsys):
-    several = [finished, *TEMPLATE, "--limit-queries", limit, "--eps", "0.01", "0.02", "0.03"]
-    before, attacked.before[0.02] = stored(finished)["robust"], Mock(side_effect=KeyboardInterrupt)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(*several)
-    kept = stored(finished)["robust"]
-    assert kept[:6] == before and {(entry["eps"], entry["rule"]) for entry in kept[6:]} == {
-        (0.01, rule) for rule in RULES}
-    assert all(("clean" in entry) == (limit != "0") for entry in kept[6:])
-    attacked.before.clear()
-    evaluate(*several)
-    assert attacked.eps == [0.01, 0.02, 0.03]
-    table = capsys.readouterr().out.splitlines()[-20:-2]       # two warnings follow
-    assert stored(finished)["robust"][:12] == kept and len(stored(finished)["robust"]) == 24
-    monkeypatch.setattr(common, "evaluate_set", must_not_run)
-    evaluate(*several)
-    assert capsys.readouterr().out.splitlines()[-20:-2] == table
-
-
-def test_entries_that_another_process_adds_meanwhile_stay(finished, attacked):
-    attacked.before[0.01] = lambda: evaluate(finished, *TEMPLATE, "--eps", "0.05")
-    evaluate(finished, *TEMPLATE, "--eps", "0.01", "0.02")
-    assert [entry["eps"] for entry in stored(finished)["robust"][6::6]] == [0.05, 0.01, 0.02]
-
-
-def test_a_dry_run_stores_nothing(finished, attacked, network, tmp_path):
-    command, before = network(model().state_dict()), contents(tmp_path)
-    evaluate(finished, *TEMPLATE, "--eps", "0.01", "0.02", "--dry-run")
-    evaluate(*command, "--eps", "0.03", "--dry-run", "--json", tmp_path / "a.json",
-             "--save-embeddings", tmp_path / "a.npz")
-    assert attacked.eps == [0.01, 0.02, 0.03] and contents(tmp_path) == before
-
-
-def test_every_attack_says_how_long_the_rest_takes(finished, monkeypatch, capsys):
-    monkeypatch.setattr(evaluator, "attack_entries",
-                        lambda *made: [{**common.attack_entries(*made[:2])[0], "seconds": 1200.0}])
-    evaluate(finished, *TEMPLATE, "--eps", "0.01", "0.02", "0.03", "--rules", "vote")
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("attack ")]
-    assert lines[0].startswith("attack 1 of 3, about ") and lines[0].endswith(" s left")
-    # a pass takes 1200 s of 1 + 3, then 2400 s of 1 + 6; an attack has 3
-    assert lines[1:] == ["attack 2 of 3, about 30 min left", "attack 3 of 3, about 17 min left"]
-    evaluate(finished, *TEMPLATE, "--attack", "cw", "--rules", "vote")
-    assert "attack 1 of 1, at most " in capsys.readouterr().out
-    assert [evaluator.duration(seconds) for seconds in (0.4, 89, 90, 5399, 5400, 36000)] == [
-        "0 s", "89 s", "2 min", "90 min", "2 h", "10 h"]
+def test_a_killed_evaluation_that_is_run_again_has_the_same_records(run, tmp_path):
+    whole = shutil.copytree(run, tmp_path / "whole")
+    command = [*TEMPLATE, "--attack", "square", "--eps", *(str(eps / 1000) for eps in range(1, 9))]
+    command[command.index("--attack-steps") + 1] = "80"
+    process = start(run, *command)
+    while len(stored(run)["robust"]) < 3 and process.is_alive():
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert process.exitcode == -9 and 3 <= len(stored(run)["robust"]) < 9
+    (first,), (second,) = evaluate(run, *command), evaluate(whole, *command)
+    assert timeless(first["records"]) == timeless(second["records"])
+    assert timeless(stored(run)["robust"]) == timeless(stored(whole)["robust"])
