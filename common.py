@@ -832,8 +832,7 @@ def pretrained(arch, weights):
     """The named tensors of an ImageNet network, torchvision's or those of the user's file."""
     if weights == "imagenet":
         if arch not in TORCHVISION:
-            raise UserError(f"torchvision has no ImageNet weights of {arch}: pass --weights FILE "
-                            f"(for bninception bn_inception-52deb4733.pth), or --weights none")
+            raise UserError(f"torchvision has no {arch}: pass --weights FILE, or --weights none")
         entry = torchvision.models.get_model_weights(TORCHVISION[arch])["IMAGENET1K_V1"]
         cached = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(entry.url))
         if cached.exists() and sha256(cached.read_bytes()).hexdigest()[:8] not in cached.stem:
@@ -846,7 +845,8 @@ def pretrained(arch, weights):
     state = torch_load(weights, f"weights of {arch}")
     for wrapper in ("state_dict", "model_state_dict", "model"):
         state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
-    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    state = {name: value for name, value in state.items()
+             if isinstance(value, Tensor) and value.is_floating_point() and not value.is_sparse}
     for prefix in ("module.", "_orig_mod.", "model."):
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
@@ -876,7 +876,7 @@ def frozen(*models):
     """Evaluation mode and no gradients of parameters inside the `with`, where attacks are made."""
     modules = [module for model in models if isinstance(model, nn.Module)
                for module in model.modules()]
-    training = [module for module in modules if module.training]
+    training = [module for module in modules if getattr(module, "training", False)]
     parameters = [parameter for module in modules for parameter in module.parameters(recurse=False)
                   if parameter.requires_grad]
 

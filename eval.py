@@ -137,7 +137,7 @@ def images_and_labels(images, labels):
         if batches and isinstance(batches[0], dict):
             batches = [[next((batch[key] for key in (name, f"{name}s") if key in batch), None)
                         for name in ("image", "label")] for batch in batches]
-        if not batches or batches[0][0] is None or batches[0][1] is None:
+        if not batches or getattr(batches[0][0], "ndim", 0) != 4 or batches[0][1] is None:
             raise ValueError(f"{form}: found an empty loader, other keys, or labels beside it")
         images, labels = (torch.cat([torch.as_tensor(batch[i]) for batch in batches])
                           for i in (0, 1))
