@@ -238,6 +238,8 @@ def run_name(args):
 def main(args):
     if args.method in REACH:
         common.warn_reach(args, REACH[args.method])
+    else:
+        print(f"note: {args.method} has no attack in training: --eps and its like change nothing")
     run = common.Run(args, args.method, run_name(args))
     labels, triplets = run.train.labels, args.method in TRIPLET
     if triplets and (labels.bincount() > 1).sum() < 2:

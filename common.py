@@ -40,8 +40,7 @@ from torchvision.transforms import functional as TF
 
 
 class UserError(ValueError):
-    """An expected failure, one line. code: of the exit, 2 for bad input, 1 for a failed run."""
-
+    """An expected failure, one line. code: the exit code; 2: bad input, 1: the run failed."""
     def __init__(self, message, code=2):
         super().__init__(message)
         self.code = code
@@ -138,11 +137,9 @@ def mine_triplets(embeddings, labels, how: str, generator=None, *, anchors=None,
     distance = torch.cdist(finite[anchors], finite,            # (T, B); the matmul form is off by
                            compute_mode="donot_use_mm_for_euclid_dist")     # 1e-3 for near rows
     to_negative = distance.masked_fill(~negative, torch.inf)
-
     def draw(wanted, fallback):
         chosen = torch.where(wanted.any(1, keepdim=True), wanted, fallback)
         return torch.multinomial(chosen.float(), 1, generator=generator)[:, 0]
-
     if how == "softhard":
         p = draw(positive & (distance > to_negative.amin(1, keepdim=True)), positive)
     else:
@@ -349,8 +346,8 @@ def kmeans(embeddings: Tensor, clusters: int, seed: int) -> Tensor:
 
 
 def _contingency(labels, clusters):
-    """Sizes of classes, of clusters and of their non-empty intersections, float64, and the mutual
-    information of the two labelings and their entropies, in nats."""
+    """Sizes of classes, of clusters and of their non-empty intersections, float64; the mutual
+    information of the two labelings and the mean of their two entropies, in nats."""
     labels, clusters = (ids.cpu().unique(return_inverse=True)[1] for ids in (labels, clusters))
     pairs, both = (labels * len(labels) + clusters).unique(return_counts=True)
     rows, columns, both = (size.double() for size in (labels.bincount(), clusters.bincount(), both))
@@ -440,7 +437,6 @@ def vote_ranking(embeddings, labels, ks, gallery=None, gallery_labels=None):
 
 
 # ---- evaluation ------------------------------------------------------------------------------
-
 KS = {"sop": (1, 10, 100, 1000), "inshop": (1, 10, 20), "inshop-gallery": (1, 10, 20)}
 # What the two protocols of a closing evaluation attack with; step is in units of eps.
 PROTOCOLS = {"clustering": {"objective": "shift", "eps": 8 / 255, "step": 1 / 4, "steps": 10},
@@ -555,7 +551,6 @@ class Retrieval:
         """
         labels, names, ks = self.labels, self.gallery_labels, self.ks
         clusters, scores, assigned = len(labels.unique()), {}, {}
-
         def rated(hit, precision, assignment):                # hit (n, 1 + len(ks)), first R@1
             row = {f"R@{k}": float(right.double().mean()) for k, right in zip(ks, hit[:, 1:].T)}
             row["mAP@R"] = precision
@@ -615,11 +610,9 @@ def neighbour(retrieval, itself=False):
             clean, retrieval.labels, gallery, retrieval.gallery_labels)])
         targets.append(clean if itself else gallery[nearest])
         right.append(retrieval.names[nearest] == retrieval.labels)
-
     def value(embeddings, rows):
         return sum(hit[rows] * euclidean(e, target[rows])
                    for e, target, hit in zip(embeddings, targets, right))
-
     return value, torch.stack(right).any(0)
 
 
@@ -702,7 +695,6 @@ def format_table(rows) -> str:
 
 
 # ---- networks --------------------------------------------------------------------------------
-
 ARCHS = ("convnet", "mobilenetv2", "bninception", "resnet18", "resnet50")
 TORCHVISION = {"mobilenetv2": "mobilenet_v2", "resnet18": "resnet18", "resnet50": "resnet50"}
 
@@ -845,8 +837,8 @@ def pretrained(arch, weights):
     state = torch_load(weights, f"weights of {arch}")
     for wrapper in ("state_dict", "model_state_dict", "model"):
         state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
-    state = {name: value for name, value in state.items()
-             if isinstance(value, Tensor) and value.is_floating_point() and not value.is_sparse}
+    state = {str(name): value for name, value in state.items() if isinstance(value, Tensor) and
+             value.is_floating_point() and not (value.is_sparse or value.is_meta)}
     for prefix in ("module.", "_orig_mod.", "model."):
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
@@ -879,7 +871,6 @@ def frozen(*models):
     training = [module for module in modules if getattr(module, "training", False)]
     parameters = [parameter for module in modules for parameter in module.parameters(recurse=False)
                   if parameter.requires_grad]
-
     def switch(on):
         for module in training:
             module.training = on
@@ -901,10 +892,10 @@ def train_mode(model: nn.Module, freeze_bn: bool) -> None:
             module.eval()
 
 
-def load_model(run, device="cpu") -> list[nn.Module]:
-    """The members of a run, in eval mode on `device`. run: its folder, its last.pt, or the content
+def load_model(path, device="cpu") -> list[nn.Module]:
+    """The members of a run, in eval mode on `device`. path: its folder, its last.pt, or the content
     of one, as load_checkpoint returns it."""
-    checkpoint, members = run if isinstance(run, dict) else load_checkpoint(run), []
+    checkpoint, members = path if isinstance(path, dict) else load_checkpoint(path), []
     try:
         for state in checkpoint["members"]:
             model = build_model(checkpoint["args"]["arch"], checkpoint["args"]["embedding_dim"])
@@ -916,7 +907,6 @@ def load_model(run, device="cpu") -> list[nn.Module]:
 
 
 # ---- data ------------------------------------------------------------------------------------
-
 # The folder of the archive, what is in it, and how many images train and test have.
 OFFICIAL = {
     "cub": ("CUB_200_2011", "images/001.Black_footed_Albatross/*.jpg", 5864, 5924),
@@ -1168,7 +1158,9 @@ def _list_folder(name, folders):
     """ROOT/train and ROOT/test, in any case, or the first half of ROOT's classes and the rest."""
     sides = {entry.name.lower(): entry for entry in folders[0].iterdir() if entry.is_dir()}
     if {"train", "test"} <= sides.keys():
-        train, test = _images_by_class(sides["train"]), _images_by_class(sides["test"])
+        train, test = (_images_by_class(sides.pop(side)) for side in SIDES)
+        if sides:
+            warnings.warn(f"left out: {', '.join(sides)} beside train and test", stacklevel=4)
     else:
         listing = _images_by_class(folders[0])
         names = sorted({label for _, label in listing})
@@ -1270,8 +1262,9 @@ def class_balanced_batches(labels, batch_size, images_per_class, seed, epoch, pu
                        for i in range(0, len(rows) - images_per_class + 1, images_per_class)])
     left = np.array([len(group) for group in groups])
     if rest or not 0 < per_batch <= (left > 0).sum():
-        raise UserError(f"a batch needs {per_batch} classes of {images_per_class} images, the data "
-                        f"has {(left > 0).sum()}: change --batch-size or --images-per-class")
+        raise UserError(f"a batch of {batch_size} needs {per_batch} classes of {images_per_class} "
+                        f"images, the data has {(left > 0).sum()} such classes: change --batch-size"
+                        f" or --images-per-class")
     batches = []
     while (left > 0).sum() >= per_batch:
         drawn = stream.choice(len(left), per_batch, replace=False, p=left / left.sum())
@@ -1381,8 +1374,8 @@ def fraction(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a fraction such as 8/255")
     if value > 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is above 1, and pixels are in [0, 1]: "
-                                         f"did you mean {numerator}/255?")
+        hint = "" if denominator else f": did you mean {numerator}/255?"
+        raise argparse.ArgumentTypeError(f"{text!r} is above 1, and pixels are in [0, 1]{hint}")
     return value
 
 
@@ -1391,7 +1384,7 @@ def number(kind, low, high=1e9):
     def parse(text):
         value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not between {low} and {high:g}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not between {low} and {high:,.0f}")
         return value
     parse.__name__ = kind.__name__                 # argparse then says "invalid int value"
     return parse
@@ -1404,7 +1397,7 @@ def base_parser(description=None) -> Parser:
     add("--dataset", choices=DATASETS, default="glyphs", metavar="NAME", help=", ".join(DATASETS))
     add("--data-root", default=os.environ.get("DATA_ROOT", "data"), metavar="DIR",
         help="its folder (default: $DATA_ROOT, else data)")
-    add("--cache-gb", type=number(float, 0), default=4.0, metavar="GB", help="of decoded images")
+    add("--cache-gb", type=number(float, 0), default=4.0, metavar="GB", help="of resized images")
     add("--workers", type=number(int, 0, 256), default=2, metavar="N", help="loading threads")
     add("--val-classes", type=count, default=0, metavar="N",
         help="report on the last N training classes, held out: for tuning")
@@ -1439,7 +1432,7 @@ def base_parser(description=None) -> Parser:
     add("--eval-eps", type=fraction, default=8 / 255, metavar="EPS", help="of the closing attack")
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="of all randomness")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--amp", action=switch, default=False, help="bfloat16 for the backbone in training")
     add("--deterministic", action=switch, default=False, help="to the bit on a GPU, too (slower)")
     add("--out", metavar="DIR", help="folder (default: runs/METHOD-DATASET-ARCH-sSEED)")
@@ -1462,8 +1455,10 @@ def parse_run(parser: Parser, argv, small: dict) -> argparse.Namespace:
 
 
 def warn_reach(args, radii: int) -> None:
-    """Say in one line when the training attack cannot travel `radii` times eps: 2 from a uniform
-    start, which may be at the other end of the ball, 1 from the image itself."""
+    """Say in one line when the training attack never begins, or cannot travel `radii` times eps: 2
+    from a uniform start, which may be at the other end of the ball, 1 from the image itself."""
+    if args.eps_ramp[0] + bool(args.eps_ramp[1]) >= args.epochs:
+        print(f"note: no attack in training: --eps-ramp begins after --epochs {args.epochs}")
     if args.attack_steps * args.step_size < radii * args.eps * (1 - 1e-9):
         print(f"note: {args.attack_steps} steps of {255 * args.step_size:g}/255 do not reach "
               f"{radii} x eps {255 * args.eps:g}/255: raise --step-size or --attack-steps")
@@ -1480,12 +1475,13 @@ def run_script(parse_args, main) -> None:
     except BrokenPipeError:                        # `python eat.py | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code, message = 1, "nobody reads the output; the same command continues the run"
-    except OSError as error:                       # an unreadable folder, a name that is too long
-        code, message = 2, f"cannot use {error.filename} ({error.strerror}): check path and rights"
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("memory|new thread", str(error)):
+    except OSError as error:                       # an unreadable folder; no name: the output
+        code = 2 if error.filename else 1
+        message = f"cannot use {error.filename or 'the output'} ({error.strerror}): check it"
+    except (MemoryError, RuntimeError, ValueError) as error:
+        if not re.search("emory|new thread|size is too small|more than 1 value", repr(error)):
             raise
-        code, message = 1, f"out of memory or threads ({error}): lower --batch-size or --workers"
+        code, message = 1, f"{error!r}: change --batch-size, --image-size or --workers"
     except KeyboardInterrupt:
         code, message = 130, "interrupted; the same command continues the run"
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
@@ -1501,8 +1497,7 @@ def progress(iterable, label, total):
 
 
 # ---- runs: files -----------------------------------------------------------------------------
-
-FORMAT, SIDES = 2, ("train", "test")           # of last.pt; of its "classes"
+FORMAT, SIDES, RESULTS = 2, ("train", "test"), ("clean", "robust", "warnings")
 MOVABLE = ("device", "workers", "out", "data_root", "cache_gb")     # may differ when continuing
 
 
@@ -1513,10 +1508,10 @@ def pick_device(name: str, deterministic: bool = False) -> torch.device:
         torch.use_deterministic_algorithms(True)
     name = {"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(name, name)
     try:
-        torch.zeros(1, device=name).cpu()
-    except (RuntimeError, AssertionError, ImportError) as error:
+        torch.zeros(1, dtype=torch.float64, device=name).cpu()         # of scores; mps has none
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:
         raise UserError(f"--device {name} cannot be used ({str(error).splitlines()[0][:100]}): try "
-                        f"--device cpu, or one of {torch.cuda.device_count()} GPUs") from error
+                        f"--device cpu ({torch.cuda.device_count()} GPUs were found)") from error
     return torch.device(name)
 
 
@@ -1541,10 +1536,10 @@ def load_run_data(args, checkpoint=None) -> tuple[ImageSet, ImageSet]:
         train, test = (train.subset(rows.nonzero()[:, 0]) for rows in (~held_out, held_out))
     if args.limit_queries and args.limit_queries < len(test):
         test = balanced_subset(test, args.limit_queries)
-    alone = test.gallery is None and test.labels.bincount().max() < 2
-    if min(len(train.classes), len(test.classes)) < 2 or alone:
+    alone = test.gallery is None and test.labels.bincount(minlength=1).max() < 2
+    if min(len(train.classes), len(test.labels.unique())) < 2 or alone:
         raise UserError(f"{args.dataset} leaves {len(train.classes)} classes to train on and "
-                        f"{len(test.classes)} to report on: both need 2, and two images of one")
+                        f"{len(test.labels.unique())} to report on: both need 2, two images of one")
     train.census = census
     return train, test
 
@@ -1570,11 +1565,11 @@ def locked(folder, wait: bool = False):
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError(f"another process works on {folder}: wait, or give --out") from None
         yield
-    except BlockingIOError:
-        raise UserError(f"another process works on {folder}: wait for it, or give another "
-                        f"--out") from None
     finally:
         os.close(handle)
 
@@ -1596,13 +1591,13 @@ def write_atomic(path, content) -> None:
     """Write bytes, or JSON, under a temporary name, then rename: the file is whole at any time."""
     if not isinstance(content, bytes):
         content = json.dumps(content, indent=1).encode()
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary = Path(f"{os.path.realpath(path)}.{os.getpid()}.tmp")       # a link stays a link
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, os.path.realpath(path))
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}): what was saved before is whole, "
                         f"and the same command continues from there", code=1) from error
@@ -1610,10 +1605,11 @@ def write_atomic(path, content) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_json(path) -> dict:
+def read_json(path, *needed) -> dict:
     try:
-        return dict(json.loads(Path(path).read_text()))
-    except (OSError, TypeError, ValueError) as error:
+        content = {**json.loads(Path(path).read_text())}
+        return content | {name: content[name] for name in needed}
+    except (LookupError, OSError, TypeError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}): remove it or restore it") from error
 
 
@@ -1623,8 +1619,11 @@ def load_checkpoint(path) -> dict:
     checkpoint = torch_load(path, "a checkpoint")
     kinds = dict(format=int, method=str, args=dict, epoch=int, members=list, proxies=list,
                  optimizers=list, state=dict, classes=dict)
+    inner = dict(arch=str, dataset=str, epochs=int, log=list, train=list, test=list)
     wrong = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name), kind)]
-    if wrong or checkpoint["format"] != FORMAT:
+    wrong = wrong or [name for name, kind in inner.items() if not isinstance(
+        {**checkpoint["args"], **checkpoint["state"], **checkpoint["classes"]}.get(name), kind)]
+    if wrong or checkpoint["format"] != FORMAT or not checkpoint["members"]:
         raise UserError(f"{path} is no checkpoint of format {FORMAT}, or damaged: {wrong}")
     return checkpoint
 
@@ -1740,13 +1739,13 @@ class Run:
                 for target, state in zip(self.points, saved["proxies"], strict=True):
                     target.data.copy_(state.view_as(target))
                 self.epoch, self.state = saved["epoch"], saved["state"]
-                self.state["log"][self.epoch - 1]            # a line for every epoch
+                [line["seconds"] for line in self.state["log"]][self.epoch - 1]
         except Exception as error:             # a damaged state raises nearly anything
             raise UserError(f"{last} does not fit this run ({error!r}): restore it") from error
-        for leftover in self.folder.glob("*.tmp"):           # of a process that was killed
+        for leftover in self.folder.glob("*.*.[0-9]*.tmp"):  # of a process that was killed
             leftover.unlink()
         flags = {**vars(args), "method": self.method, **self.provenance}
-        if not saved:
+        if not saved or not (self.folder / "args.json").exists():
             write_atomic(self.folder / "args.json", flags)
         self._write_log()                      # the checkpoint's, whatever became of the file
         if not (self.folder / "results.json").exists():
@@ -1771,10 +1770,11 @@ class Run:
             self.epoch += 1
             line = {name: float(torch.stack(values).mean()) for name, values in self.terms.items()}
             line["lr"] = self.optimizers[0].param_groups[0]["lr"]
-            line["collapse"] = mean_cosine(embed(self.members[-1:], [self.last_batch])[0])
+            embedded = embed(self.members, [self.last_batch])
+            line["collapse"] = float(np.max([*map(mean_cosine, embedded)]))      # NaN stays NaN
             if not all(map(math.isfinite, line.values())):
-                raise UserError(f"epoch {self.epoch} is not finite ({line}): lower --lr or --eps; "
-                                f"{self.folder}/last.pt holds {self.epoch - 1} epochs", code=1)
+                raise UserError(f"epoch {self.epoch} is not finite ({line}): lower --lr in another "
+                                f"--out; {self.folder}/last.pt holds {self.epoch - 1} epochs", 1)
             line["seconds"] = round(time.perf_counter() - started, 3)
             if args.eval_every and self.epoch % args.eval_every == 0:
                 scores = self._evaluate([protocol])
@@ -1836,7 +1836,7 @@ class Run:
                 "peak_gb": peak_gb(self.device),
                 "env": {"device": str(self.device), **self.provenance}})
         self.lock.__exit__(None, None, None)
-        results, what = read_json(path), "validation" if args.val_classes else "unseen"
+        results, what = read_json(path, *RESULTS), "validation" if args.val_classes else "unseen"
         for record in results["robust"][:len(protocols)]:
             attack = Attack(*(record[name] for name in Attack._fields))
             print(f"\n{args.dataset}: {len(self.test)} images of {len(self.test.classes)} {what} "

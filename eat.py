@@ -9,7 +9,7 @@
     python eat.py --dataset cub --arch mobilenetv2    # the paper's setting
 
 N networks ("members") are attacked together, each trains on the images that it may see, and they
-vote. (Tramer et al., ICLR 2018, use the same name for something else.) Algorithm 1, one mini-batch:
+vote. (Tramer et al., ICLR 2018, use the same name for something else.) Algorithm 1:
 
     l. 2     split D at random into D^1 ... D^N              common.split_by_image
     l. 5, 6  member i's batch of D without D^i, its loss     main: `sees`, `clean`

@@ -40,8 +40,8 @@ from torch import nn
 import common
 from common import Attack, UserError, pgd
 
-# ---- any model -------------------------------------------------------------------------------
 
+# ---- any model -------------------------------------------------------------------------------
 def evaluate_robustness(embed, images_or_loader, labels=None, *, protocol="clustering",
                         attack="pgd", objective=None, eps=None, step_size=None, steps=None,
                         restarts=1, ks=(1, 2, 4, 8), batch_size=128, seed=0, device=None):
@@ -59,7 +59,7 @@ def evaluate_robustness(embed, images_or_loader, labels=None, *, protocol="clust
     """
     attack = attack_of(protocol, attack, objective=objective, eps=eps, step_size=step_size,
                        steps=steps, restarts=restarts, seed=seed)
-    with opened(embed, images_or_loader, labels, ks, batch_size, device,
+    with opened(embed, images_or_loader, labels, sorted({1, *ks}), batch_size, device,
                 attack.attack) as (retrieval, models, warnings):
         warnings += [text for _, passed, text in cheap_checks(retrieval, models) if not passed]
         return {"clean": common.clean_scores(retrieval, seed),
@@ -157,7 +157,6 @@ def images_and_labels(images, labels):
 
 
 # ---- which attack ----------------------------------------------------------------------------
-
 PROTOCOLS = {**common.PROTOCOLS,            # step in units of eps
              "ers": {"objective": "ers", "eps": 8 / 255, "step": 3 / 8, "steps": 32}}
 METHODS = {"pgd": {}, "fgsm": {"step": 1, "steps": 1}, "cw": {"steps": 50},     # what they change
@@ -200,8 +199,10 @@ def attack_of(protocol, attack="pgd", *, objective=None, against="sum", eps=None
              f"--objective {objective} reads every embedding: drop --against {against}"),
             (attack == "strong" and (restarts > 1 or step_size is not None or steps is not None),
              "--attack strong is a frozen recipe: drop --step-size, --attack-steps and --restarts"),
-            (restarts > 1 and (joint or ers or attack in ("square", "cw")),
+            (restarts > 1 and (joint or ers or attack in ("square", "cw") or
+                               attack == "fgsm" and objective not in ("shift", "self")),
              f"{objective} with {attack} has one start: drop --restarts {restarts}"),
+            (restarts < 1 or min(steps or 0, step_size or 0) < 0, "restarts or steps are too low"),
             (not 0 <= eps <= 1, f"eps {eps:g} is not in [0, 1]: did you mean {eps:g}/255?")):
         if refused:
             raise UserError(reason)
@@ -236,7 +237,6 @@ def worst_parts(attack, count):
 
 
 # ---- objectives ------------------------------------------------------------------------------
-
 class Space:
     """One space of unit embeddings: queries, their candidates, and who is of whose class.
 
@@ -302,7 +302,7 @@ VALUES = {  # 1 - cos to the query's own clean embedding (EAT, Eq. (10)); to the
     "push-mean": lambda e, rows, space: 1 - (e * space.class_mean[rows]).sum(1),
     "target": lambda e, rows, space: (e * space.candidates[space.target[rows]]).sum(1),
     "impostor": impostor, "soft-impostor": soft_impostor, "joint": soft_impostor}
-VOTE_MARGIN = 0.1                           # of impostor: beyond it a member has lost
+VOTE_MARGIN = 0.1       # of impostor: a member beyond it is clearly wrong, and counts no more
 
 
 def members_of(against, count):
@@ -358,7 +358,6 @@ def aim(retrieval, attack, spaces=None):
 
         def away(parts, rows):
             terms = [objective(e, rows, space) for e, space in zip(parts, spaces)]
-            # who is clearly wrong already counts no more
             return sum(term.clamp(max=VOTE_MARGIN) if vote else term for term in terms)
 
     def value(embeddings, rows):
@@ -403,7 +402,6 @@ def success_rates(retrieval, attack, embeddings, gallery):
     return {**rates, "member_mean": statistics.mean(rates[rule] for rule in members)}
 
 # ---- attacks ---------------------------------------------------------------------------------
-
 def halved(step_size, steps):
     """Half of the steps at step_size, a quarter at its half, the rest at its quarter."""
     return [step_size / (1 if step < steps // 2 else 2 if step < 3 * steps // 4 else 4)
@@ -609,6 +607,7 @@ def measured(retrieval, attack, limited=False, find=lambda attack: None,
             scores = {rule: {**row, "success": rates[rule]} for rule, row in scores.items()}
     seconds = sum(part["seconds"] for part in parts) or time.perf_counter() - started
     record = common.attack_record(retrieval, attack, scores, seconds, limited)
+    record |= {"all_fail": max(p["all_fail"] for p in parts)} if parts and "vote" in scores else {}
     done(attack, record)
     return [record, *parts]
 
@@ -621,8 +620,8 @@ def worst_case(records):
     come from one attack. R@1_label_free: of the attacks that read no labels (None: there is none).
     hits: the queries that stay right. parts: {attack in words: its Recall@1}.
     """
-    if len({(record["protocol"], record["n_queries"]) for record in records}) != 1:
-        raise ValueError("worst_case compares attacks of one protocol on the same images")
+    if len({(own["protocol"], own.get("eps"), own["n_queries"]) for own in records}) != 1:
+        raise ValueError("worst_case compares attacks of one protocol and eps on the same images")
     free = [record for record in records if record["objective"] in LABEL_FREE]
     words = [record["objective"] + f" against {record['against']}" * (record["against"] != "sum")
              + " (Square)" * (record["attack"] == "square") for record in records]
@@ -651,7 +650,7 @@ def worst_case(records):
 def eps50(records, clean=None, rule=None):
     """The eps in 1/255 at which Recall@1 is half its clean value, on straight lines between the
     radii of `records`, one attack's; None: it never falls so far (Panum et al.'s Eq. (5) as a
-    median). clean: "clean" of results.json (None: the records hold it). rule: headline if None."""
+    median). clean: "clean" beside them (None: records of other images hold it). rule: headline."""
     rule = rule or records[0]["rule"]
     first = (clean or records[0]["clean"])["scores"][rule]["R@1"]
     curve = {0.0: first} | {record["eps_255"]: record["scores"][rule]["R@1"] for record in records}
@@ -980,7 +979,6 @@ def chance_level(retrieval, moved):
 
 
 # ---- command line ----------------------------------------------------------------------------
-
 def parse_args(argv=None):
     parser, number, fraction = common.Parser(__doc__), common.number, common.fraction
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a folder, checkpoint or pattern")
@@ -999,7 +997,7 @@ def parse_args(argv=None):
     add("--eps", type=fraction, nargs="+", default=[None], metavar="8/255",
         help="radius, pixel values (default: 8/255; 0.01 for template)")
     add("--step-size", type=fraction, metavar="2/255",
-        help="(default: eps / 4; template 2 eps / steps; cw eps / 10; ers 3/8 eps)")
+        help="not fgsm, square (default: eps / 4; template 2 eps / steps; cw eps / 10; ers 3/8)")
     add("--attack-steps", type=number(int, 0), nargs="+", default=[None], metavar="N",
         help="(default: 10; template 5; cw 50; square 200; ers 32)")
     add("--restarts", type=number(int, 1), default=1, metavar="N", help="the best of N starts")
@@ -1014,7 +1012,7 @@ def parse_args(argv=None):
     add("--data-root", metavar="DIR", help="(default: the run's)")
     add("--batch-size", type=number(int, 1), default=128, metavar="B", help="images at once")
     add("--workers", type=number(int, 0, 256), default=2, metavar="N", help="loading threads")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--save-embeddings", metavar="FILE.npz", help="before and after, and up to 500 images")
     add("--overwrite", action="store_true", help="attack again what results.json has")
     args = parser.parse_args(argv)
@@ -1039,7 +1037,6 @@ def attacks_of(args, seed):
 
 
 # ---- runs ------------------------------------------------------------------------------------
-
 def main(args):
     """Attack runs, print one table, and return the report: [{"run", "flags", "clean", "records",
     "warnings"}], records in the order of the attacks asked for."""
@@ -1060,6 +1057,9 @@ def main(args):
     others = [other_run(flag, path, runs, checkpoints) for flag, path in (
         ("--transfer-from", args.transfer_from), ("--gallery-from", args.gallery_from))]
     device = common.pick_device(args.device)
+    for attack in attacks_of(args, 0):
+        if attack.attack == "pgd" and attack.steps * attack.step < 2 * attack.eps * (1 - 1e-9):
+            print(f"note: {attack} cannot cross the ball: raise --step-size or --attack-steps")
     report = [evaluate_run(run, checkpoint, *others, args, device)
               for run, checkpoint in zip(runs, checkpoints)]
     print_table(report, args)

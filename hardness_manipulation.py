@@ -178,6 +178,8 @@ def run_name(args):
 def main(args):
     if args.destination != args.source:
         common.warn_reach(args, 1)
+    else:
+        print("note: equal --source and --destination: no attack, --eps changes nothing")
     run = common.Run(args, "hm", run_name(args))
     if (run.train.labels.bincount() > 1).sum() < 2:
         raise UserError(f"{args.dataset} has fewer than 2 training classes with two images, and "

@@ -146,11 +146,11 @@ def parse_args(argv=None):
     chosen = common.Parser(add_help=False)                    # these two decide the defaults
     chosen.add_argument("--dataset", default="glyphs")
     chosen.add_argument("--loss", default="contrastive")
-    dataset, loss = vars(chosen.parse_known_args(argv)[0]).values()
-    small = SMALL_TRIPLET if loss == "triplet" else SMALL
+    chosen = chosen.parse_known_args(argv)[0]
+    small = SMALL_TRIPLET if chosen.loss == "triplet" else SMALL
     parser = common.base_parser(__doc__)
     parser.set_defaults(**RECIPE)
-    if dataset == "sop":
+    if chosen.dataset == "sop":
         parser.set_defaults(epochs=100)
     method = parser.add_argument_group("method")
     method.add_argument("--loss", choices=("contrastive", "triplet"), default="contrastive")
@@ -160,7 +160,7 @@ def parse_args(argv=None):
                         default="positive", help="which image of a tuple moves")
     method.add_argument("--reg-weight", type=common.number(float, 0), default=0.0, metavar="LAMBDA",
                         help="above 0: the paper's third formulation, every anchor is attacked")
-    args = common.parse_run(parser, argv, GAUSSIAN if dataset == "gaussian" else small)
+    args = common.parse_run(parser, argv, GAUSSIAN if chosen.dataset == "gaussian" else small)
     if args.reg_weight and (args.perturb != "positive" or args.attack_rate not in (0.5, 1)):
         parser.error("--reg-weight moves every anchor: drop --perturb and --attack-rate")
     if args.images_per_class == 1:

@@ -99,7 +99,7 @@ def parse_args(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--checks", action="store_true",
-                        help="eval.py --checks of the first seed, too; they are not stored")
+                        help="eval.py --checks of the first seed, too; only warnings are stored")
     parser.add_argument("--print", action="store_true", help="show the commands and run none")
     parser.add_argument("train", nargs="*", metavar="-- FLAGS", help="of every training")
     return parser.parse_args(argv)
@@ -211,14 +211,14 @@ def count_passes(args):
 # ---- running
 
 def run_command(command, one_thread):
-    """Run one of our scripts at the root; what it prints goes to runs/compare.log."""
+    """Run one of our scripts at the root; what it prints goes to runs/.compare.log."""
     print(f"python {command}\n", end="", flush=True)         # one write: lines stay whole
     threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"} if one_thread else {}
-    with open(ROOT / "runs" / "compare.log", "a") as log:
+    with open(ROOT / "runs" / ".compare.log", "a") as log:
         done = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, stdout=log,
                               stderr=log, env={**os.environ, **threads})
     if done.returncode:
-        raise SystemExit(f"python {command} failed: runs/compare.log ends with the reason")
+        raise SystemExit(f"python {command} failed: runs/.compare.log ends with the reason")
 
 
 def main(args):

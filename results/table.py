@@ -38,7 +38,7 @@ HISTORY = ("R@1_free", "bound", "min_eps_255")               # of tables that ev
 SHOWN = ("mAP@R", "NMI", "AMI", "F1", "R@1", "R@8", "R@10", "R@1_label_free", "eps50_255",
          "success", *HISTORY, *ERS)                          # without --metrics
 INTERVAL = ("R@1_low", "R@1_high")
-METRICS = (*SHOWN, "R@2", "R@4", "R@20", "R@100", "R@1000", *INTERVAL)
+METRICS = (*SHOWN, "R@2", "R@4", "R@20", "R@100", "R@1000", "all_fail", *INTERVAL)
 MOVABLE = ("seed", *common.MOVABLE)                          # not of a configuration
 
 
@@ -59,7 +59,8 @@ def with_eps50(records, clean):
     """The records; those that differ in the radius alone are replaced by one with their eps50."""
     curves = {}
     for record in records:
-        key = [record[name] for name in common.Attack._fields if name not in ("eps", "step")]
+        key = [record.get(name) for name in (*common.Attack._fields, "gallery_from")
+               if name not in ("eps", "step")]
         curves.setdefault(tuple(key), []).append(record)
     for curve in curves.values():
         yield curve[0] if len(curve) == 1 else {
@@ -72,7 +73,8 @@ def with_eps50(records, clean):
 
 def scores_of(record, rule, labels=None):
     """The scores of a record under a rule; with labels, the interval of its Recall@1, too."""
-    scores = dict(record["scores"][rule])
+    shared = {} if "curve" in record else {"all_fail": record.get("all_fail")}
+    scores = {**record["scores"][rule], **shared}
     members = [name for name in record["scores"] if re.fullmatch(r"member_\d+", name)]
     hits = [record["scores"][name]["hits"] for name in
             (members if rule == "member_mean" else [rule]) if "hits" in record["scores"][name]]
@@ -151,7 +153,7 @@ def names_of(row):
 def rows_of(report, rules=None, metrics=()):
     """A row per configuration, rule and attack: mean and std of its clean and attacked scores over
     the training seeds, and the score of every seed (the mean over the seeds of the attack)."""
-    met = {}                          # {(flags, row, attack): {seed: [(clean, attacked), ...]}}
+    met = {}                          # {(flags, row, attack): {seed: {its: (clean, attacked)}}}
     for outcome in report:
         clean, records = outcome["clean"], outcome["records"]
         key = json.dumps({name: value for name, value in outcome["flags"].items()
@@ -168,10 +170,14 @@ def rows_of(report, rules=None, metrics=()):
                                            labels) | {"NMI_chance": clean["NMI_chance"]}
                     row = met.setdefault((key, name if single else f"{name} {rule}",
                                           words(record)), {})
-                    row.setdefault(outcome["flags"]["seed"], []).append((before, after))
+                    pairs = row.setdefault(outcome["flags"]["seed"], {})
+                    if record["seed"] in pairs:
+                        raise UserError(f"{name}: two runs or attacks differ in what no column says"
+                                        f" (folder, step, restarts, gallery): make a table of each")
+                    pairs[record["seed"]] = before, after
     for (_, name, attack), seeds in met.items():
-        own = [spread([after for _, after in pairs]) for pairs in seeds.values()]
-        sides = {"clean": [pairs[0][0] for pairs in seeds.values()],
+        own = [spread([after for _, after in pairs.values()]) for pairs in seeds.values()]
+        sides = {"clean": [next(iter(pairs.values()))[0] for pairs in seeds.values()],
                  "attacked": [{metric: mean for metric, (mean, _) in one.items()} for one in own]}
         row = {"name": name, "attack": attack, "seeds": list(seeds),
                "attack_seeds": max(map(len, seeds.values())),
@@ -321,7 +327,10 @@ def evaluations(parts):
 def reported(evaluations):
     """The report of eval.py; of several evaluations, the records of a run one by one, no twins."""
     report = {}
-    for args, outcome in ((own, one) for own in evaluations for one in evaluator.main(own)):
+    outcomes = [(own, evaluator.main(own)) for own in evaluations]
+    if any(len({one["run"] for one in ones}) < len(ones) for _, ones in outcomes):
+        raise UserError("two runs have folders of one name: rename one, tables name runs by it")
+    for args, outcome in ((own, one) for own, ones in outcomes for one in ones):
         known = report.setdefault(outcome["run"], {**outcome, "records": [], "warnings": []})
         if known["clean"]["n_queries"] != outcome["clean"]["n_queries"]:
             raise UserError("a table is of one set of images: repeat --limit-queries")

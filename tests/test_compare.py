@@ -105,9 +105,9 @@ def test_a_command_that_fails_ends_it_with_its_log(tmp_path, monkeypatch, capsys
     (tmp_path / "good.py").write_text("import os; print('threads', os.environ['OMP_NUM_THREADS'])")
     (tmp_path / "bad.py").write_text("raise SystemExit('bad: why')")
     compare.run_command("good.py", True)
-    with pytest.raises(SystemExit, match="bad.py failed: runs/compare.log"):
+    with pytest.raises(SystemExit, match="bad.py failed: runs/.compare.log"):
         compare.run_command("bad.py", True)
-    assert (tmp_path / "runs/compare.log").read_text() == "threads 1\nbad: why\n"
+    assert (tmp_path / "runs/.compare.log").read_text() == "threads 1\nbad: why\n"
 
 
 @pytest.mark.parametrize("command, quiet, attacked", [

@@ -296,6 +296,12 @@ def test_the_learning_rate_drops_at_half_and_at_three_quarters(epochs, expected)
     assert rates == pytest.approx(expected)
 
 
+def test_every_network_and_its_proxies_start_elsewhere():
+    run = books()
+    assert not torch.equal(run.proxies(0), run.proxies(1))
+    assert not same_bits(run.network(0).state_dict(), run.network(1).state_dict())
+
+
 @pytest.mark.parametrize("ramp, shares", [
     ([0, 0], [1] * 6), ([0, 4], [0, 0.25, 0.5, 0.75, 1, 1]), ([2, 0], [0, 0, 1, 1, 1, 1]),
     ([1, 2], [0, 0, 0.5, 1, 1, 1])])

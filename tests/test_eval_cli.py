@@ -214,7 +214,7 @@ def test_one_table_holds_all_runs_once(run, trained, tmp_path, capsys):
     ("--checks --attack fgsm", ["PGD"]), ("--save-embeddings no/a.npz", ["no/a.npz"]),
     ("--objective joint --attack fgsm", ["pgd or strong"]), ("--against vote", ["impostor or"]),
     ("--objective worst --against mean", ["drop --against mean"]), ("--against member_0", ["sum,"]),
-    ("--protocol template --attack cw --restarts 2", ["one start"]), ("--attack bim", ["bim"]),
+    ("--protocol template --attack fgsm --restarts 2", ["one start"]), ("--attack bim", ["bim"]),
     ("--save-embeddings a.npz --eps 0.1 0.2", ["one attack"]),
     ("--protocol ers --save-embeddings a.npz", ["ers"]), ("nowhere*", ["nowhere*"])])
 def test_a_bad_value_is_one_line_and_nothing_is_written(bad, words, run, fails):

@@ -305,8 +305,9 @@ def test_train_mode_trains_batchnorms_weights_and_may_freeze_its_statistics(free
 # ---- a run's members
 def checkpoint(members):
     return {"format": common.FORMAT, "method": "eat", "args": {"arch": "convnet",
-            "embedding_dim": 8}, "epoch": 1, "members": [m.state_dict() for m in members],
-            "proxies": [], "optimizers": [], "state": {}, "classes": {}, "versions": {}}
+            "embedding_dim": 8, "dataset": "glyphs", "epochs": 1}, "epoch": 1, "proxies": [],
+            "members": [m.state_dict() for m in members], "optimizers": [], "versions": {},
+            "state": {"log": []}, "classes": {"train": [], "test": []}}
 
 
 def test_a_loaded_model_gives_the_same_embeddings_to_the_bit(tmp_path):

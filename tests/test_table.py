@@ -112,6 +112,17 @@ def test_seeds_of_the_attack_are_averaged_in_every_run():
     assert row["attack_std"]["R@1"] == pytest.approx(statistics.stdev([0.2, 0.4]))
 
 
+def test_what_no_column_tells_apart_is_no_seed_of_one_attack(monkeypatch):
+    records = [at_radii({2: recall}, **more)[0] for recall, more in (
+        (0.2, {}), (0.4, {"restarts": 2}))]
+    with pytest.raises(common.UserError, match="table of each"):
+        content_of([outcome_of("at-s0", 0, 0.9, records)])
+    monkeypatch.setattr(table.evaluator, "main",
+                        lambda args: [outcome_of("at-s0", 0, 0.9, records[:1])] * 2)
+    with pytest.raises(common.UserError, match="one name"):
+        table.reported(table.evaluations([["a", "b"]]))
+
+
 def test_rules_are_chosen_and_ers_stands_in_the_line_of_a_single_network():
     rules = ("vote", "member_1", "member_2", "member_mean")
     scores = {rule: {"R@1": 0.25, "hits": "c0"} for rule in rules[:3]}

@@ -110,6 +110,7 @@ def test_the_worst_equals_attacking_every_part_by_hand(protocol, members, option
     assert worst["scores"] == worst_case(by_hand) and worst["objective"] == "worst"
     assert worst["seconds"] == pytest.approx(sum(part["seconds"] for part in parts), abs=0.01)
     assert (worst["eps"], worst["attack"]) == (0.03, attack.attack)
+    assert worst.get("all_fail", 1) == max(part.get("all_fail", 1) for part in parts)
     for row in worst["scores"].values():
         assert row["R@1"] <= min(row["R@1_label_free"], *row["parts"].values())
     headline = worst["scores"][worst["rule"]]
