@@ -181,6 +181,14 @@ def books(words="", name="eat-x2"):
     return run
 
 
+def test_an_evaluation_leaves_half_precision_to_the_training(monkeypatch):
+    run = books("--amp")
+    run.members, run.test = [run.network()], run.train
+    run.members[0].amp = True
+    monkeypatch.setattr(common, "evaluate", lambda members, *_, **__: [m.amp for m in members])
+    assert run._evaluate(["clustering"]) == [False]
+
+
 def trained_by_hand(run, batches_of, loss_of, scale=(0.08, 1.0)):
     """Two epochs of training with Adam -> the weights. batches_of(epoch); loss_of(network, images,
     labels)."""
