@@ -1479,7 +1479,7 @@ def run_script(parse_args, main) -> None:
         code = 2 if error.filename else 1
         message = f"cannot use {error.filename or 'the output'} ({error.strerror}): check it"
     except (MemoryError, RuntimeError, ValueError) as error:
-        if not re.search("emory|new thread|size is too small|more than 1 value", repr(error)):
+        if not re.search("[Mm]emory|new thread|size is too small|more than 1 value", repr(error)):
             raise
         code, message = 1, f"{error!r}: change --batch-size, --image-size or --workers"
     except KeyboardInterrupt:
@@ -1739,7 +1739,7 @@ class Run:
                 for target, state in zip(self.points, saved["proxies"], strict=True):
                     target.data.copy_(state.view_as(target))
                 self.epoch, self.state = saved["epoch"], saved["state"]
-                [line["seconds"] for line in self.state["log"]][self.epoch - 1]
+                [line["seconds"] for line in self.state["log"]][self.epoch - 1]      # one an epoch
         except Exception as error:             # a damaged state raises nearly anything
             raise UserError(f"{last} does not fit this run ({error!r}): restore it") from error
         for leftover in self.folder.glob("*.*.[0-9]*.tmp"):  # of a process that was killed

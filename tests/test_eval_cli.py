@@ -151,6 +151,7 @@ def test_records_are_stored_one_by_one_and_read_back(run, attacks_made, capsys):
                  ["--attack-steps", "2"], ["--step-size", "0.001"]):
         evaluate(run, *TEMPLATE, *more)
     assert len(made) == 11 and len(stored(run)["robust"]) == 9
+    assert capsys.readouterr().out.count("cannot cross the ball") == 1         # of --step-size
 
 
 def test_the_closing_evaluation_is_what_eval_measures_and_python_too(run, pictures):

@@ -275,10 +275,8 @@ CLUSTERINGS = {
     "more clusters than needed": (torch.arange(200) // 20, torch.arange(200) // 7),
     "gaps in the ids": (3 * random_labels(90, 5, 2), 7 * random_labels(90, 4, 3)),
     "perfect up to names": (FIVES, 4 - FIVES),
-    "one cluster": (FIVES, ZEROS),
-    "one class": (ZEROS, FIVES),
-    "one class, one cluster": (ZEROS, ZEROS),
-    "every image its own cluster": (FIVES, EACH),
+    "one cluster": (FIVES, ZEROS), "one class": (ZEROS, FIVES),
+    "one class, one cluster": (ZEROS, ZEROS), "every image its own cluster": (FIVES, EACH),
     "every image its own class": (EACH, FIVES),
     **{f"noisy {rows} {classes} {seed}": (
         random_labels(rows, classes, seed),

@@ -284,6 +284,12 @@ def test_log_jsonl_has_one_line_per_epoch(name, whole):
     assert [line["lr"] for line in lines] == pytest.approx([1e-3 * drop for drop in drops])
 
 
+def test_collapse_in_the_log_is_that_of_the_worst_member(tmp_path, monkeypatch):
+    cosines = [0.5, 0.75] * 9                       # of the members, from the end
+    monkeypatch.setattr(common, "mean_cosine", lambda embeddings: cosines.pop())
+    assert log(run("eat-x2", tmp_path / "run", "--epochs 1"))[0]["collapse"] == 0.75
+
+
 @every_case
 def test_last_pt_has_the_documented_keys_and_loads_as_networks(name, whole):
     case, checkpoint = CASES[name], saved(whole(name))
@@ -631,6 +637,8 @@ def test_an_attack_that_cannot_cross_the_ball_is_said_in_one_line(name, radii, t
         notes = [line for line in capsys.readouterr().out.splitlines() if "note" in line]
         assert len(notes) == (not enough)
         assert enough or f"2 steps of {step:g}/255 do not reach {radii} x eps 8/255" in notes[0]
+    run(name, tmp_path / "ramp", "--epochs 2 --eps-ramp 1 1")
+    assert "note: no attack in training" in capsys.readouterr().out
 
 
 # ---- ensembles of baselines.py
