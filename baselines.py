@@ -17,14 +17,16 @@ d the Euclidean distance. What one step minimises:
     mixup      w L(F(m), y) + (1 - w) L(F(m), y'), m = w x + (1 - w) x', w ~ Beta(1, 1)
     iat        half mixup of the images, half mixup of their x_adv, same pairs, same w
     trades     L(F(x), y) + lambda ||F(x_adv) - F(x)||^2
+    fast       L(F(x_adv), y), x_adv one step up L
     est        triplet loss on x_adv, triplets mined among the F(x_adv)
     act        triplet loss of a clean anchor, p_adv and n_adv, which were pushed together
 
 --members N trains N networks, each as if alone, and they vote: the naive ensemble of Ke (arXiv
 2501.01025, "EAT paper" below) is at with three. The first five are his comparison, adapted from
 Madry et al. 2018 (at), Zhang et al. 2018 (mixup), Lamb et al. 2019 (iat) and Zhang et al. 2019
-(trades). The last two are the comparison of Zhou & Patel (CVPR 2022): Zhou et al., ECCV 2020 (est)
-and arXiv 2106.03614 (act). Departures from the papers: docs/baselines.md.
+(trades). est and act are the comparison of Zhou & Patel (CVPR 2022): Zhou et al., ECCV 2020 (est)
+and arXiv 2106.03614 (act). fast, after Wong et al., ICLR 2020, is in no paper on retrieval: two
+passes an image buy more epochs. Departures from the papers: docs/baselines.md.
 """
 
 import argparse
@@ -135,6 +137,13 @@ def trades(model, images, labels, proxies, ball, trades_lambda=6.0):
     return clean + trades_lambda * shift, {"clean": clean, "shift": shift}
 
 
+def fast(model, images, labels, proxies, ball):
+    """L(F(x_adv), y), x_adv by label_attack with one step of 1.25 eps; Wong et al., ICLR 2020."""
+    loss = proxy_anchor_loss(model(label_attack(model, images, labels, proxies, ball)), labels,
+                             proxies)
+    return loss, {"adversarial": loss}
+
+
 # est and act see pairs: rows 2i and 2i + 1 are of one class; anchors are the even rows.
 
 def est(model, images, labels, proxies, ball, source="random"):
@@ -168,13 +177,14 @@ def act(model, images, labels, proxies, ball, source="random"):
 
 # ---- command line
 
-METHODS = {"natural": natural, "at": at, "mixup": mixup, "iat": iat, "trades": trades, "est": est,
-           "act": act}
+METHODS = {"natural": natural, "at": at, "mixup": mixup, "iat": iat, "trades": trades, "fast": fast,
+           "est": est, "act": act}
 TRIPLET = ("est", "act")                                      # the others use Proxy Anchor
 # The flags of a method: passed to it, refused elsewhere.
 OPTIONS = {"at": ("beta", "attack_loss"), "mixup": ("mixup_target",), "iat": ("mixup_target",),
            "trades": ("trades_lambda",), "est": ("source",), "act": ("source",)}
-REACH = {"at": 2, "iat": 2, "trades": 1, "est": 1, "act": 1}  # in eps; see common.warn_reach
+# In eps; see common.warn_reach. fast begins anywhere in the ball, and yet has one step.
+REACH = {"at": 2, "iat": 2, "trades": 1, "fast": 1, "est": 1, "act": 1}
 # base_parser's defaults are the recipe of the first five; this is Zhou & Patel's.
 TRIPLET_RECIPE = dict(arch="resnet18", embedding_dim=512, crop="square", epochs=75, batch_size=112,
                       warmup_epochs=0, lr=1e-5, weight_decay=4e-4, eps=8 / 255, step_size=1 / 255,
@@ -183,15 +193,19 @@ TRIPLET_RECIPE = dict(arch="resnet18", embedding_dim=512, crop="square", epochs=
 SMALL = dict(arch="convnet", image_size=32, embedding_dim=64, epochs=12, batch_size=30, lr=2e-3,
              eps=8 / 255, step_size=4 / 255, attack_steps=4, eps_ramp=[0, 4])
 SMALL_TRIPLET = SMALL | dict(epochs=20, lr=1e-3, eps_ramp=[10, 4])
+# Step and ramp of fast follow --eps and --epochs, on any data.
+ONE_STEP = dict(attack_steps=1, step_size=None, eps_ramp=None)
+SMALL_FAST = SMALL | dict(epochs=54, lr=4e-3) | ONE_STEP
+RECIPES = {"fast": (ONE_STEP, SMALL_FAST), "est": (TRIPLET_RECIPE, SMALL_TRIPLET),
+           "act": (TRIPLET_RECIPE, SMALL_TRIPLET)}
 
 
 def parse_args(argv=None):
     chosen = common.Parser(add_help=False)                    # --method decides the defaults
     chosen.add_argument("--method", default="natural")
-    triplets = chosen.parse_known_args(argv)[0].method in TRIPLET
+    recipe, small = RECIPES.get(chosen.parse_known_args(argv)[0].method, ({}, SMALL))
     parser = common.base_parser(__doc__)
-    if triplets:
-        parser.set_defaults(**TRIPLET_RECIPE)
+    parser.set_defaults(**recipe)
     method = parser.add_argument_group("method")
     method.add_argument("--method", choices=tuple(METHODS), default="natural")
     method.add_argument("--beta", type=common.number(float, 0, 1), default=0.5,
@@ -208,7 +222,9 @@ def parse_args(argv=None):
                         help="networks, trained one by one; they vote")
     method.add_argument("--split", action=argparse.BooleanOptionalAction, default=False,
                         help="network i never trains on part i of the images")
-    args = common.parse_run(parser, argv, SMALL_TRIPLET if triplets else SMALL)
+    args = common.parse_run(parser, argv, small)
+    args.step_size = 1.25 * args.eps if args.step_size is None else args.step_size
+    args.eps_ramp = args.eps_ramp or [0, 3 * args.epochs // 4]
     for name in {option for options in OPTIONS.values() for option in options}:
         owners = [owner for owner, options in OPTIONS.items() if name in options]
         if args.method not in owners and getattr(args, name) != parser.get_default(name):
@@ -216,7 +232,8 @@ def parse_args(argv=None):
                          f"not to {args.method}: drop it")
     if args.split and args.members == 1:
         parser.error("--members 1 has nothing to split: drop --split")
-    if triplets and (args.members > 1 or args.images_per_class or args.batch_size % 2):
+    pairs = args.images_per_class == 0 == args.batch_size % 2
+    if args.method in TRIPLET and (args.members > 1 or not pairs):
         parser.error(f"{args.method} trains one network on pairs of one class: give an even "
                      f"--batch-size, and drop --members and --images-per-class")
     return args

@@ -24,7 +24,7 @@ from test_scripts import run, saved
 
 import baselines
 import common
-from baselines import act, at, est, iat, mixed_loss, mixup, shift_attack, trades
+from baselines import act, at, est, fast, iat, mixed_loss, mixup, shift_attack, trades
 
 BALL = EPS, STEP, 5
 ORDER = torch.tensor([1, 2, 0, 4, 5, 3])                           # not its own inverse
@@ -217,6 +217,23 @@ def test_trades_adds_the_mean_squared_distance_with_a_gradient_through_both_embe
         assert_same(loss, clean + weight * distance, [*model.parameters(), proxies])
 
 
+@pytest.mark.parametrize("live", [False, True])
+def test_fast_is_proxy_anchor_of_one_step_worked_out_by_hand(live, batch):
+    model, images, labels, proxies = batch
+    step = 1.25 * EPS
+    _, (start,) = watched_loss(fast, *batch, (EPS, step, 0))
+    assert (start - images).abs().mean() / EPS == pytest.approx(0.5, abs=0.05)
+    x = start.clone().requires_grad_()                             # in evaluation mode
+    (slope,) = torch.autograd.grad(common.proxy_anchor_loss(model(x), labels, proxies), x)
+    expected = (start + step * slope.sign()).minimum(images + EPS).maximum(images - EPS)
+    loss, (moved,) = watched_loss(fast, model.train(live), *batch[1:], (EPS, step, 1))
+    assert torch.allclose(moved, expected, atol=1e-12) and (slope != 0).all()
+    inside = (moved - images).abs() < EPS - 1e-9                   # a start beyond -eps / 4
+    assert inside.double().mean() == pytest.approx(0.375, abs=0.05)
+    assert_same(loss, common.proxy_anchor_loss(model(expected), labels, proxies),
+                [*model.parameters(), proxies])                    # and no clean term
+
+
 # ---- est, act
 
 def triplets_by_hand(anchors, positives, negatives):
@@ -279,7 +296,7 @@ def test_a_batch_of_one_class_has_loss_zero_with_a_graph(method):
                                                                       attack_loss="label")),
     ("mixup", "--mixup-target embedding", dict(mixup_target="embedding")),
     ("iat", "", dict(mixup_target="label")), ("trades", "--trades-lambda 1",
-                                              dict(trades_lambda=1)),
+                                              dict(trades_lambda=1)), ("fast", "", {}),
     ("est", "--source hardest", dict(source="hardest")), ("act", "", dict(source="random"))])
 def test_a_step_gets_the_flags_of_its_method_and_the_ball_of_its_epoch(method, words, options,
                                                                        tmp_path, monkeypatch):

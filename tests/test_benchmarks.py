@@ -28,7 +28,7 @@ COST = {
     "eat": lambda b, T, N, h: (N * b, N * T * b, 2 * (N - 1) * b),
     "panum": lambda b, T, N, h: (b, T * h, b + h),
     "hm": lambda b, T, N, h: (b, T * (3 * b // 2), 3 * b // 2),
-    "est": lambda b, T, N, h: (b, T * b, b),
+    "est": lambda b, T, N, h: (b, T * b, b), "fast": lambda b, T, N, h: (0, T * b, b),
     "act": lambda b, T, N, h: (b, T * b, 3 * b // 2),
     **dict.fromkeys(("at", "iat", "trades"), lambda b, T, N, h: (b, T * b, 2 * b)),
     **dict.fromkeys(("natural", "mixup"), lambda b, T, N, h: (0, 0, b)),

@@ -49,6 +49,7 @@ CASES = {                                        # by the name of the run, which
     "mixup": Case(baselines, "--method mixup", ("mixed",)),
     "iat": Case(baselines, "--method iat", ("mixed", "mixed_adversarial")),
     "trades": Case(baselines, "--method trades", ("clean", "shift")),
+    "fast": Case(baselines, "--method fast", ("adversarial",)),
     "est": Case(baselines, "--method est", ("adversarial",), BOTH, triplets=True),
     "act": Case(baselines, "--method act", ("adversarial",), BOTH, triplets=True),
     "panum": Case(panum_at, "", ("loss", "clean", "attacked"), ("template",), triplets=True),
@@ -628,8 +629,8 @@ def test_a_part_of_the_data_is_held_out_or_reported_on(name, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, radii", [
-    ("eat-x2", 2), ("at", 2), ("iat", 2), ("trades", 1), ("est", 1), ("act", 1), ("panum", 2),
-    (HM, 1)])
+    ("eat-x2", 2), ("at", 2), ("iat", 2), ("trades", 1), ("fast", 1), ("est", 1), ("act", 1),
+    ("panum", 2), (HM, 1)])
 def test_an_attack_that_cannot_cross_the_ball_is_said_in_one_line(name, radii, tmp_path, capsys):
     for step, enough in ((8 * radii / 2, True), (8 * radii / 2 - 0.5, False)):
         run(name, tmp_path / str(enough), "--epochs 1 --eps 8/255 --attack-steps 2 "
@@ -650,7 +651,7 @@ def same_networks(first, second, pairs):
                for part in ("members", "proxies", "optimizers"))
 
 
-@pytest.mark.parametrize("method", ["natural", "at", "mixup", "iat", "trades"])
+@pytest.mark.parametrize("method", ["natural", "at", "mixup", "iat", "trades", "fast"])
 def test_every_network_of_an_ensemble_is_trained_as_if_alone(method, whole, tmp_path, monkeypatch):
     run(method, tmp_path / "quiet", "--members 3")
     assert same_networks(whole(method), tmp_path / "quiet", [(0, 0)])
@@ -688,9 +689,11 @@ PANUM = ALL | dict(arch="resnet50", embedding_dim=128, crop="resized", epochs=15
                    step_size=0.004, attack_steps=5, eval_eps=0.01, loss="contrastive",
                    attack_rate=0.5, perturb="positive", reg_weight=0)
 OWN = dict(members=1, split=False, mixup_target="label", trades_lambda=6, source="random")
+FAST = KE | OWN | dict(attack_steps=1, step_size=20 / 255, eps_ramp=[0, 150])
+RECIPES = {"fast": FAST, "est": ZHOU | OWN, "act": ZHOU | OWN}
 PAPERS = [(eat, "", KE | dict(members=3, split=True)), (panum_at, "", PANUM),
           (hardness_manipulation, "", ZHOU | dict(source="softhard", destination="lga", ics=0)),
-          *((baselines, f"--method {method}", (ZHOU if method in ("est", "act") else KE) | OWN)
+          *((baselines, f"--method {method}", RECIPES.get(method, KE | OWN))
             for method in baselines.METHODS)]
 
 
@@ -699,6 +702,13 @@ FOLLOW = [                                       # defaults that other flags dec
     (eat, "--weights none --freeze-bn --warmup-epochs 2", dict(freeze_bn=True, warmup_epochs=2)),
     (eat, "--arch convnet", dict(weights="none", freeze_bn=False)),
     (eat, "--dataset glyphs --lr 0.5 --eps-ramp 5 6", dict(lr=0.5, eps_ramp=[5, 6], epochs=12)),
+    (baselines, "--method fast --eps 0.1", dict(step_size=0.125, eps_ramp=[0, 150], eps=0.1)),
+    (baselines, "--epochs 9 --method=fast", dict(eps_ramp=[0, 6], step_size=20 / 255)),
+    (baselines, "--dataset glyphs --method fast --epochs 10 --eps 0.2", dict(
+        eps_ramp=[0, 7], step_size=0.25, lr=4e-3)),
+    (baselines, "--method fast --step-size 0.01 --eps-ramp 0 0", dict(
+        step_size=0.01, eps_ramp=[0, 0])),
+    (baselines, "--method at --eps 0.1 --epochs 9", dict(step_size=4 / 255, eps_ramp=[0, 0])),
     (panum_at, "--dataset sop", dict(epochs=100)),
     (panum_at, "--dataset=sop --epochs 7", dict(epochs=7)),
     (panum_at, "--eps 0.05", dict(step_size=pytest.approx(0.02), eval_eps=0.01)),
@@ -721,14 +731,16 @@ def test_the_defaults_are_the_papers(script, words, expected):
                                                            hardness_manipulation.SMALL),
     (panum_at, "--loss triplet", panum_at.SMALL_TRIPLET),
     (panum_at, "--dataset gaussian", panum_at.GAUSSIAN),
+    (baselines, "--method fast", baselines.SMALL | dict(
+        epochs=54, lr=4e-3, attack_steps=1, step_size=10 / 255, eps_ramp=[0, 40])),
     *((baselines, f"--method {method}", baselines.SMALL_TRIPLET if method in ("est", "act") else
-       baselines.SMALL) for method in baselines.METHODS)])
+       baselines.SMALL) for method in baselines.METHODS if method != "fast")])
 def test_generated_data_brings_small_defaults_that_reach_the_ball(script, words, small):
     args = vars(script.parse_args(words.split()))
     assert args["dataset"] == ("gaussian" if "gaussian" in words else "glyphs")
     assert {name: args[name] for name in small} == small and eat.SMALL == baselines.SMALL
     assert (args["arch"], args["weights"], args["flip"]) == ("convnet", "none", False)
-    radii = 1 if script is hardness_manipulation or words in ("--method act", "--method est") else 2
+    radii = 1 if script is hardness_manipulation or words.endswith(("act", "est", "fast")) else 2
     assert args["attack_steps"] * args["step_size"] >= radii * args["eps"] * (1 - 1e-9)
 
 
@@ -740,6 +752,7 @@ def test_generated_data_brings_small_defaults_that_reach_the_ball(script, words,
     (baselines, "--method at --beta 0 --attack-loss label", "at-beta0-label"),
     (baselines, "--method trades --trades-lambda 1", "trades-lambda1"),
     (baselines, "--method iat --mixup-target embedding", "iat-embedding"),
+    (baselines, "--method fast", "fast"), (baselines, "--method fast --members 3", "fast-x3"),
     (baselines, "--method est --source softhard", "est-softhard"),
     (panum_at, "", "panum"), (panum_at, "--loss triplet", "panum-triplet"),
     (panum_at, "--attack-rate 0 --perturb negative", "panum-rate0-negative"),
