@@ -18,18 +18,21 @@ d the Euclidean distance. What one step minimises:
     iat        half mixup of the images, half mixup of their x_adv, same pairs, same w
     trades     L(F(x), y) + lambda ||F(x_adv) - F(x)||^2
     fast       L(F(x_adv), y), x_adv one step up L
+    fare       ||F(x_adv) - F_0(x)||^2, F_0 the network of --teacher, at which F starts
     est        triplet loss on x_adv, triplets mined among the F(x_adv)
     act        triplet loss of a clean anchor, p_adv and n_adv, which were pushed together
 
 --members N trains N networks, each as if alone, and they vote: the naive ensemble of Ke (arXiv
 2501.01025, "EAT paper" below) is at with three. The first five are his comparison, adapted from
 Madry et al. 2018 (at), Zhang et al. 2018 (mixup), Lamb et al. 2019 (iat) and Zhang et al. 2019
-(trades). est and act are the comparison of Zhou & Patel (CVPR 2022): Zhou et al., ECCV 2020 (est)
-and arXiv 2106.03614 (act). fast, after Wong et al., ICLR 2020, is in no paper on retrieval: two
-passes an image buy more epochs. Departures from the papers: docs/baselines.md.
+(trades). fast (Wong et al., ICLR 2020) and fare (Schlarmann et al., ICML 2024) are carried over by
+us. The last two are the comparison of Zhou & Patel (CVPR 2022): Zhou et al., ECCV 2020 (est) and
+arXiv 2106.03614 (act). Departures from the papers: docs/baselines.md.
 """
 
 import argparse
+from hashlib import sha256
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -144,6 +147,15 @@ def fast(model, images, labels, proxies, ball):
     return loss, {"adversarial": loss}
 
 
+def fare(model, images, labels, proxies, ball, teacher):
+    """mean ||F(x_adv) - F_0(x)||^2, F_0 the teacher, no labels; Schlarmann et al., ICML 2024."""
+    with frozen(model, teacher):
+        goal = teacher(images)
+        adversarial = pgd(lambda x: (model(x) - goal).square().sum(1), images, *ball)
+    loss = (model(adversarial) - goal).square().sum(1).mean()
+    return loss, {"distance": loss}
+
+
 # est and act see pairs: rows 2i and 2i + 1 are of one class; anchors are the even rows.
 
 def est(model, images, labels, proxies, ball, source="random"):
@@ -177,14 +189,14 @@ def act(model, images, labels, proxies, ball, source="random"):
 
 # ---- command line
 
-METHODS = {"natural": natural, "at": at, "mixup": mixup, "iat": iat, "trades": trades, "fast": fast,
-           "est": est, "act": act}
-TRIPLET = ("est", "act")                                      # the others use Proxy Anchor
+METHODS = {step.__name__: step for step in (natural, at, mixup, iat, trades, fast, fare, est, act)}
+TRIPLET = ("est", "act")                                      # the others but fare: Proxy Anchor
 # The flags of a method: passed to it, refused elsewhere.
 OPTIONS = {"at": ("beta", "attack_loss"), "mixup": ("mixup_target",), "iat": ("mixup_target",),
-           "trades": ("trades_lambda",), "est": ("source",), "act": ("source",)}
+           "trades": ("trades_lambda",), "fare": ("teacher",), "est": ("source",),
+           "act": ("source",)}
 # In eps; see common.warn_reach. fast begins anywhere in the ball, and yet has one step.
-REACH = {"at": 2, "iat": 2, "trades": 1, "fast": 1, "est": 1, "act": 1}
+REACH = {"at": 2, "iat": 2, "trades": 1, "fast": 1, "fare": 2, "est": 1, "act": 1}
 # base_parser's defaults are the recipe of the first five; this is Zhou & Patel's.
 TRIPLET_RECIPE = dict(arch="resnet18", embedding_dim=512, crop="square", epochs=75, batch_size=112,
                       warmup_epochs=0, lr=1e-5, weight_decay=4e-4, eps=8 / 255, step_size=1 / 255,
@@ -193,11 +205,13 @@ TRIPLET_RECIPE = dict(arch="resnet18", embedding_dim=512, crop="square", epochs=
 SMALL = dict(arch="convnet", image_size=32, embedding_dim=64, epochs=12, batch_size=30, lr=2e-3,
              eps=8 / 255, step_size=4 / 255, attack_steps=4, eps_ramp=[0, 4])
 SMALL_TRIPLET = SMALL | dict(epochs=20, lr=1e-3, eps_ramp=[10, 4])
-# Step and ramp of fast follow --eps and --epochs, on any data.
-ONE_STEP = dict(attack_steps=1, step_size=None, eps_ramp=None)
+ONE_STEP = dict(attack_steps=1, step_size=None, eps_ramp=None)    # they follow --eps, --epochs
 SMALL_FAST = SMALL | dict(epochs=54, lr=4e-3) | ONE_STEP
-RECIPES = {"fast": (ONE_STEP, SMALL_FAST), "est": (TRIPLET_RECIPE, SMALL_TRIPLET),
-           "act": (TRIPLET_RECIPE, SMALL_TRIPLET)}
+# fare starts at a trained network: no warm-up, no ramp, a lower rate, frozen BatchNorm statistics.
+TRAINED = dict(weights="teacher", warmup_epochs=0, lr=1e-5)
+SMALL_FARE = SMALL | dict(lr=2e-3, eps_ramp=[0, 0])
+RECIPES = {"fast": (ONE_STEP, SMALL_FAST), "fare": (TRAINED, SMALL_FARE),
+           "est": (TRIPLET_RECIPE, SMALL_TRIPLET), "act": (TRIPLET_RECIPE, SMALL_TRIPLET)}
 
 
 def parse_args(argv=None):
@@ -218,6 +232,8 @@ def parse_args(argv=None):
                         help="trades: weight of the shift; 1 is closer to the EAT paper's table")
     method.add_argument("--source", default="random", help="est, act: how triplets are mined",
                         choices=("random", "semihard", "softhard", "distance", "hardest"))
+    method.add_argument("--teacher", metavar="RUN",
+                        help="fare: a run's folder or last.pt; training starts at its networks")
     method.add_argument("--members", type=common.number(int, 1), default=1, metavar="N",
                         help="networks, trained one by one; they vote")
     method.add_argument("--split", action=argparse.BooleanOptionalAction, default=False,
@@ -230,6 +246,8 @@ def parse_args(argv=None):
         if args.method not in owners and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} belongs to --method {', '.join(owners)}, "
                          f"not to {args.method}: drop it")
+    if args.method == "fare" and args.weights != "teacher":
+        parser.error("--method fare starts at the networks of --teacher: drop --weights")
     if args.split and args.members == 1:
         parser.error("--members 1 has nothing to split: drop --split")
     pairs = args.images_per_class == 0 == args.batch_size % 2
@@ -252,40 +270,66 @@ def run_name(args):
 
 # ---- training
 
+def load_teacher(args):
+    """(checkpoint of --teacher, which must fit the run, hash of its weights); makes no folder."""
+    if not args.teacher:
+        raise UserError("--method fare starts at trained networks: give their run, --teacher RUN")
+    content, path = common.load_checkpoint(args.teacher), Path(args.teacher)
+    if args.out and Path(args.out).resolve() in (path.resolve(), path.resolve().parent):
+        raise UserError(f"--out {args.out} is the teacher's own folder: give another")
+    flags = {**content["args"], "members": len(content["members"])}
+    for name in ("arch", "embedding_dim", "image_size", "crop", "dataset", "val_classes", "members",
+                 *["seed"] * (args.dataset in common.GENERATED)):
+        if flags.get(name) != getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} does not fit the "
+                            f"teacher {path}, which has {flags.get(name)}: give that, or another")
+    if common.load_run_data(args)[0].census != content["classes"]:
+        raise UserError(f"the teacher {path} was trained on other classes or images: restore them")
+    values = [value for network in content["members"] for value in network.values()]
+    return content, sha256(b"".join(value.numpy().tobytes() for value in values)).hexdigest()
+
+
 def main(args):
     if args.method in REACH:
         common.warn_reach(args, REACH[args.method])
     else:
         print(f"note: {args.method} has no attack in training: --eps and its like change nothing")
+    teacher, digest = load_teacher(args) if args.method == "fare" else (None, None)
     run = common.Run(args, args.method, run_name(args))
     labels, triplets = run.train.labels, args.method in TRIPLET
     if triplets and (labels.bincount() > 1).sum() < 2:
         raise UserError(f"{args.dataset} has fewer than 2 training classes with two images, and "
                         f"triplets need them: give other data, or lower --val-classes")
-    step, options = METHODS[args.method], OPTIONS.get(args.method, ())
-    options = {name: getattr(args, name) for name in options}
+    step, fixed = METHODS[args.method], teacher and common.load_model(teacher, run.device)
+    options = [{"teacher": network} for network in fixed] if teacher else \
+        [{name: getattr(args, name) for name in OPTIONS.get(args.method, ())}] * args.members
     part = common.split_by_image(labels, args.members, args.seed)
-    members = [run.network(i) for i in range(args.members)]
-    proxies = [None if triplets else run.proxies(i) for i in range(args.members)]
-    optimizers = [run.adamw(member, points) if not triplets else torch.optim.Adam(
+    members = common.load_model(teacher, run.device) if teacher else \
+        [run.network(i) for i in range(args.members)]
+    proxies = [None if triplets or teacher else run.proxies(i) for i in range(args.members)]
+    adam = torch.optim.Adam if triplets else torch.optim.AdamW
+    optimizers = [run.adamw(member, points) if points is not None else adam(
         member.parameters(), args.lr, weight_decay=args.weight_decay, foreach=True)
         for member, points in zip(members, proxies)]
-    run.restore(members, optimizers, [] if triplets else proxies)
+    run.restore(members, optimizers, [points for points in proxies if points is not None])
+    if teacher and run.state.setdefault("teacher", digest) != digest:
+        raise UserError(f"the teacher {args.teacher} has changed since this run began: restore it")
 
+    networks = [*zip(members, proxies, optimizers, options)]
     for epoch in run.epochs():
         eps, step_size = run.ball(epoch)
         ball = eps, step_size, args.attack_steps if eps else 0
         run.set_lr(1 if triplets else common.two_drops(epoch, args.epochs))
-        for i, (member, points, optimizer) in enumerate(zip(members, proxies, optimizers)):
+        for i, (member, points, optimizer, more) in enumerate(networks):
             common.seed_torch(args.seed, epoch, common.TRAIN + common.MEMBER * i)   # as if alone
             pool = (part != i).nonzero()[:, 0] if args.split else None
             batches = pair_batches(labels, args.batch_size, args.seed, epoch) if triplets else \
                 epoch_batches(args, labels, epoch, pool=pool, member=i)
             for images, y, _ in run.batches(batches):
-                loss, terms = step(member, images, y, points, ball, **options)
+                loss, terms = step(member, images, y, points, ball, **more)
                 optimizer.zero_grad()
                 loss.backward()
-                if not triplets:
+                if points is not None:
                     nn.utils.clip_grad_value_([*member.parameters(), points], 10)
                 optimizer.step()
                 run.note(**terms)

@@ -30,6 +30,7 @@ RUNS = {
     "fast": "baselines --method fast", "at-x3": "baselines --method at --members 3",
     "at-x3-split": "baselines --method at --members 3 --split",
     "natural-x2": "baselines --method natural --members 2",
+    "fare": "baselines --method fare --teacher {natural}",
     "est": "baselines --method est", "act": "baselines --method act",
     "eat": "eat", "eat-nosplit": "eat --no-split", "eat-label": "eat --attack-loss label",
     "eat-batch": "eat --attack-loss batch", "panum": "panum_at --images-per-class 4",
@@ -59,8 +60,6 @@ ATTACKS = [f"--objective shift {STRENGTH}", f"--protocol template {STRENGTH}",
 SEVERAL = [f"--protocol template --objective impostor --against {what} {STRENGTH}"
            for what in ("concat", "mean", "vote", "member_2")] + [
                f"--objective joint --against vote {STRENGTH}"]
-METRICS = ("R@1", "R@2", "R@4", "R@8", "mAP@R", "NMI", "AMI", "F1")
-ERS = ("CA+", "CA-", "QA+", "QA-", "TMA", "ES:D", "ES:R", "LTM", "GTM", "GTT", "ERS")
 
 
 def pictures(root):
@@ -78,16 +77,9 @@ def pictures(root):
 
 def scores_of(record):
     """{"rule metric": score} of one record, and Recall@1 under its parts."""
-    by_rule = record.get("scores") or {record["rule"]: record}
-    if record["protocol"] == "ers":
-        by_rule = {"distance": [*by_rule.values()][0]}
-    worst = record["objective"] == "worst"
-    found = {f"{rule} {name}": score[name] for rule, score in by_rule.items()
-             for name in (() if worst else (*METRICS, *ERS)) if score.get(name) is not None}
-    for rule, score in by_rule.items():
-        for part, recall in (score.get("parts") or {}).items():
-            found[f"{rule} {part}"] = recall
-    return found
+    return {f"{rule} {name}": value for rule, score in record["scores"].items()
+            for name, value in {**score, **(score.get("parts") or {})}.items()
+            if isinstance(value, (float, int))}
 
 
 def main(path, attack_too=True):
