@@ -90,7 +90,7 @@ def at(model, images, labels, proxies, ball, beta=0.5, attack_loss="shift"):
 def draw_mixture(images):
     """w ~ Beta(1, 1), one a batch, and every image's partner (B,)."""
     weight = float(torch.distributions.Beta(1.0, 1.0).sample())
-    return weight, torch.randperm(len(images)).to(images.device)
+    return weight, torch.randperm(len(images)).to(images.device, non_blocking=True)
 
 
 def mixed_loss(model, images, labels, proxies, weight, order, target):
@@ -103,7 +103,7 @@ def mixed_loss(model, images, labels, proxies, weight, order, target):
     if target == "label":
         return (weight * proxy_anchor_loss(embeddings, labels, proxies)
                 + (1 - weight) * proxy_anchor_loss(embeddings, labels[order], proxies))
-    clean, itself = model(images), torch.arange(len(images)).to(labels)
+    clean, itself = model(images), torch.arange(len(images), device=images.device)
     return proxy_anchor_loss(embeddings, itself, weight * clean + (1 - weight) * clean[order])
 
 
@@ -264,7 +264,8 @@ def main(args):
             pool = (part != i).nonzero()[:, 0] if args.split else None
             batches = pair_batches(labels, args.batch_size, args.seed, epoch) if triplets else \
                 epoch_batches(args, labels, epoch, pool=pool, member=i)
-            for images, y, _ in run.batches(batches):
+            for images, y, rows in run.batches(batches):
+                y = labels[rows] if triplets else y       # mining reads them: on the CPU
                 loss, terms = step(member, images, y, points, ball, **options)
                 optimizer.zero_grad()
                 loss.backward()

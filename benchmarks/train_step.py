@@ -51,18 +51,16 @@ def batches_of(defense, args, labels):
 
 
 def losses_of(defense, args, networks, proxies, images, labels, part, field):
-    """Every network's loss, by the calls of `main`; field: eat.py attacks for every network."""
+    """Every network's loss, by the method's own functions; field: eat.py attacks for each."""
     network, ball = networks[0], (args.eps, args.step_size, args.attack_steps)
     if defense == "eat":
         flags = args.attack_loss, *ball
         moved = None if field else eat.attack(networks, proxies, images, labels, *flags)
         for i, (network, points) in enumerate(zip(networks, proxies)):
-            sees = (part != i).nonzero()[:, 0]
+            sees = (part != i).nonzero()[:, 0].to(images.device, non_blocking=True)
             x, y = images[sees], labels[sees]
             adversarial = eat.attack(networks, proxies, x, y, *flags) if field else moved[sees]
-            clean = common.proxy_anchor_loss(network(x), y, points)
-            robust = common.proxy_anchor_loss(network(adversarial), y, points)
-            yield args.beta * clean + (1 - args.beta) * robust
+            yield eat.member_loss(network, points, x, adversarial, y, args.beta)[0]
     elif defense == "panum":
         coins = common.random_stream(args.seed, 0, common.TRAIN, 1)         # every step the same
         yield panum_at.robust_loss(
@@ -72,7 +70,7 @@ def losses_of(defense, args, networks, proxies, images, labels, part, field):
     elif defense == "hm":
         yield hardness_manipulation.hm_loss(
             network, images, labels, args.source, args.destination,
-            torch.tensor(hardness_manipulation.MARGIN).to(images), ball, args.ics)[0]
+            torch.full((), hardness_manipulation.MARGIN, device=images.device), ball, args.ics)[0]
     else:
         flags = {name: getattr(args, name) for name in baselines.OPTIONS.get(defense, ())}
         yield baselines.METHODS[defense](network, images, labels, proxies[0], ball, **flags)[0]
@@ -96,8 +94,9 @@ def start(defense, args, labels, device, field=False):
         network.amp = args.amp and not field
         network.to(memory_format=torch.contiguous_format if field else torch.channels_last)
 
-    def step(images, labels, rows):
-        losses = losses_of(defense, args, networks, proxies, images, labels, part[rows], field)
+    def step(images, y, rows):
+        y = labels[rows] if triplets else y              # mining reads them on the CPU
+        losses = losses_of(defense, args, networks, proxies, images, y, part[rows], field)
         for loss, network, points, optimizer in zip(losses, networks, proxies, optimizers):
             optimizer.zero_grad()
             loss.backward()
