@@ -128,7 +128,8 @@ def trades(model, images, labels, proxies, ball, trades_lambda=6.0):
     The gradient goes through both embeddings. The attack starts at the image plus noise of standard
     deviation 0.001, as the authors of TRADES do.
     """
-    adversarial = shift_attack(model, images, ball, images + 0.001 * torch.randn_like(images))
+    noise = torch.randn(images.shape, dtype=images.dtype, device=images.device)     # randn_like is
+    adversarial = shift_attack(model, images, ball, images + 0.001 * noise)         # slower on CPUs
     embeddings = model(images)
     clean = proxy_anchor_loss(embeddings, labels, proxies)
     shift = (model(adversarial) - embeddings).square().sum(1).mean()
