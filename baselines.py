@@ -95,7 +95,7 @@ def at(model, images, labels, proxies, ball, beta=0.5, attack_loss="shift"):
 def draw_mixture(images):
     """w ~ Beta(1, 1), one a batch, and every image's partner (B,)."""
     weight = float(torch.distributions.Beta(1.0, 1.0).sample())
-    return weight, torch.randperm(len(images)).to(images.device)
+    return weight, torch.randperm(len(images)).to(images.device, non_blocking=True)
 
 
 def mixed_loss(model, images, labels, proxies, weight, order, target):
@@ -108,7 +108,7 @@ def mixed_loss(model, images, labels, proxies, weight, order, target):
     if target == "label":
         return (weight * proxy_anchor_loss(embeddings, labels, proxies)
                 + (1 - weight) * proxy_anchor_loss(embeddings, labels[order], proxies))
-    clean, itself = model(images), torch.arange(len(images)).to(labels)
+    clean, itself = model(images), torch.arange(len(images), device=images.device)
     return proxy_anchor_loss(embeddings, itself, weight * clean + (1 - weight) * clean[order])
 
 
@@ -133,7 +133,8 @@ def trades(model, images, labels, proxies, ball, trades_lambda=6.0):
     The gradient goes through both embeddings. The attack starts at the image plus noise of standard
     deviation 0.001, as the authors of TRADES do.
     """
-    adversarial = shift_attack(model, images, ball, images + 0.001 * torch.randn_like(images))
+    noise = torch.randn(images.shape, device=images.device)      # faster than randn_like on CPUs
+    adversarial = shift_attack(model, images, ball, images + 0.001 * noise)
     embeddings = model(images)
     clean = proxy_anchor_loss(embeddings, labels, proxies)
     shift = (model(adversarial) - embeddings).square().sum(1).mean()
@@ -209,8 +210,7 @@ ONE_STEP = dict(attack_steps=1, step_size=None, eps_ramp=None)    # they follow 
 SMALL_FAST = SMALL | dict(epochs=54, lr=4e-3) | ONE_STEP
 # fare starts at a trained network: no warm-up, no ramp, a lower rate, frozen BatchNorm statistics.
 TRAINED = dict(weights="teacher", warmup_epochs=0, lr=1e-5)
-SMALL_FARE = SMALL | dict(lr=2e-3, eps_ramp=[0, 0])
-RECIPES = {"fast": (ONE_STEP, SMALL_FAST), "fare": (TRAINED, SMALL_FARE),
+RECIPES = {"fast": (ONE_STEP, SMALL_FAST), "fare": (TRAINED, SMALL | dict(eps_ramp=[0, 0])),
            "est": (TRIPLET_RECIPE, SMALL_TRIPLET), "act": (TRIPLET_RECIPE, SMALL_TRIPLET)}
 
 
@@ -250,8 +250,8 @@ def parse_args(argv=None):
         parser.error("--method fare starts at the networks of --teacher: drop --weights")
     if args.split and args.members == 1:
         parser.error("--members 1 has nothing to split: drop --split")
-    pairs = args.images_per_class == 0 == args.batch_size % 2
-    if args.method in TRIPLET and (args.members > 1 or not pairs):
+    no_pairs = args.images_per_class or args.batch_size % 2
+    if args.method in TRIPLET and (args.members > 1 or no_pairs):
         parser.error(f"{args.method} trains one network on pairs of one class: give an even "
                      f"--batch-size, and drop --members and --images-per-class")
     return args
@@ -271,7 +271,7 @@ def run_name(args):
 # ---- training
 
 def load_teacher(args):
-    """(checkpoint of --teacher, which must fit the run, hash of its weights); makes no folder."""
+    """(checkpoint of --teacher, which must fit the run, hash of its file); makes no folder."""
     if not args.teacher:
         raise UserError("--method fare starts at trained networks: give their run, --teacher RUN")
     content, path = common.load_checkpoint(args.teacher), Path(args.teacher)
@@ -285,8 +285,8 @@ def load_teacher(args):
                             f"teacher {path}, which has {flags.get(name)}: give that, or another")
     if common.load_run_data(args)[0].census != content["classes"]:
         raise UserError(f"the teacher {path} was trained on other classes or images: restore them")
-    values = [value for network in content["members"] for value in network.values()]
-    return content, sha256(b"".join(value.numpy().tobytes() for value in values)).hexdigest()
+    path = path / "last.pt" if path.is_dir() else path
+    return content, sha256(path.read_bytes()).hexdigest()
 
 
 def main(args):
@@ -325,7 +325,8 @@ def main(args):
             pool = (part != i).nonzero()[:, 0] if args.split else None
             batches = pair_batches(labels, args.batch_size, args.seed, epoch) if triplets else \
                 epoch_batches(args, labels, epoch, pool=pool, member=i)
-            for images, y, _ in run.batches(batches):
+            for images, y, rows in run.batches(batches):
+                y = labels[rows] if triplets else y          # mining reads them: on the CPU
                 loss, terms = step(member, images, y, points, ball, **more)
                 optimizer.zero_grad()
                 loss.backward()

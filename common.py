@@ -84,7 +84,7 @@ def triplet_loss(anchor, positive, negative, margin: float = 0.2, reduction: str
     reduction: "mean" over all triplets, or "nonzero": over the strictly positive terms.
     """
     terms = F.relu(euclidean(anchor, positive) - euclidean(anchor, negative) + margin)
-    return _reduce(terms, reduction)
+    return _reduce(terms, reduction, torch.ones_like(terms, dtype=torch.bool))
 
 
 def contrastive_loss(first, second, same, margin: float = 1.0, reduction: str = "mean"):
@@ -92,8 +92,7 @@ def contrastive_loss(first, second, same, margin: float = 1.0, reduction: str = 
     (Panum et al., Sec. 3.1; Hadsell et al. 2006). first, second (T, D); same: bool (T,), whether
     the pair is a positive one. reduction as in triplet_loss."""
     distance = euclidean(first, second)
-    apart = F.relu(margin - distance[~same])
-    return _reduce(distance[same], reduction) + _reduce(apart, reduction)
+    return _reduce(distance, reduction, same) + _reduce(F.relu(margin - distance), reduction, ~same)
 
 
 def euclidean(first, second):
@@ -101,9 +100,10 @@ def euclidean(first, second):
     return torch.linalg.vector_norm(first - second, dim=1)
 
 
-def _reduce(terms, reduction):
-    count = (terms > 0).sum().clamp(min=1) if reduction == "nonzero" else max(len(terms), 1)
-    return terms.sum() / count
+def _reduce(terms, reduction, kind):
+    """The mean of the terms of this kind (bool): masked, because a GPU waits to pick them out."""
+    count = (kind & (terms > 0) if reduction == "nonzero" else kind).sum().clamp(min=1)
+    return terms.where(kind, 0).sum() / count
 
 
 @torch.no_grad()
@@ -130,24 +130,25 @@ def mine_triplets(embeddings, labels, how: str, generator=None, *, anchors=None,
     same = labels[anchors, None] == labels                                             # (A, B)
     other = same & (anchors[:, None] != rows)
     usable = other.any(1) & ~same.all(1)
-    anchors, positive, negative = anchors[usable], other[usable], ~same[usable]
-    if len(anchors) == 0:
-        return anchors, anchors, anchors
+    def here(part):                      # nothing waits for a GPU if the labels are on the CPU
+        return part[usable].to(embeddings.device, non_blocking=True)
+    anchors, positive, negative = here(anchors), here(other), here(~same)
     finite = embeddings.float().nan_to_num(0, 0, 0)  # a diverged network gets a loss that says so
     distance = torch.cdist(finite[anchors], finite,            # (T, B); the matmul form is off by
                            compute_mode="donot_use_mm_for_euclid_dist")     # 1e-3 for near rows
     to_negative = distance.masked_fill(~negative, torch.inf)
-    def draw(wanted, fallback):
-        chosen = torch.where(wanted.any(1, keepdim=True), wanted, fallback)
-        return torch.multinomial(chosen.float(), 1, generator=generator)[:, 0]
+    def draw(wanted, fallback):          # torch.multinomial's draw; its checks make a GPU wait
+        weight = 1.0 * torch.where(wanted.any(1, keepdim=True), wanted, fallback)
+        return (weight / torch.empty_like(weight).exponential_(generator=generator)).argmax(1)
     if how == "softhard":
         p = draw(positive & (distance > to_negative.amin(1, keepdim=True)), positive)
     else:
-        p = draw(positive, positive) if partners is None else partners.to(labels.device)[usable]
+        p = draw(positive, positive) if partners is None else here(partners.to(labels.device))
     if how == "hardest":
         return anchors, p, to_negative.argmin(1)
     if how == "distance":
-        return anchors, p, _distance_weighted(to_negative, embeddings.shape[1], cutoffs, generator)
+        weight = _distance_weights(to_negative, embeddings.shape[1], cutoffs)
+        return anchors, p, draw(weight, weight)
     to_positive = distance.gather(1, p[:, None])
     farthest = distance.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
     wanted = {"random": negative, "softhard": negative & (distance < farthest),
@@ -162,8 +163,8 @@ def mine_pairs(embeddings, labels, source):
                          cutoffs=(None, None))                 # Zhou & Patel's have no cutoffs
 
 
-def _distance_weighted(distance, dim, cutoffs, generator):
-    """One negative per row with weight 1 / q(d), q(d) ~ d^(dim - 2) (1 - d^2 / 4)^((dim - 3) / 2)
+def _distance_weights(distance, dim, cutoffs):
+    """Weights 1 / q(d) of the negatives, by row, q(d) ~ d^(dim - 2) (1 - d^2 / 4)^((dim - 3) / 2)
     being the density of distances on the sphere; distance (T, B) is inf where not a negative."""
     low, high = cutoffs
     allowed = distance < (torch.inf if high is None else high)
@@ -171,8 +172,7 @@ def _distance_weighted(distance, dim, cutoffs, generator):
                           distance == distance.amin(1, keepdim=True))
     d = distance.double().clamp(max(low or 0, 1e-4), 1.99)
     log_weight = (2 - dim) * d.log() - (dim - 3) / 2 * torch.log1p(-d.square() / 4)
-    weight = log_weight.masked_fill(~allowed, -torch.inf).softmax(1)     # by row: no underflow
-    return torch.multinomial(weight, 1, generator=generator)[:, 0]
+    return log_weight.masked_fill(~allowed, -torch.inf).softmax(1)       # by row: no underflow
 
 
 # ---- attack ----------------------------------------------------------------------------------

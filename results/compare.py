@@ -67,7 +67,7 @@ DEFENSES = {
     "fare": ("baselines.py --method fare --teacher {natural}", 16, "0 5"),
 }
 RADII = "--eps 0.25/255 0.5/255 1/255 2/255 4/255 8/255 16/255 --attack-steps 10"
-LIMIT = "--limit-queries 300 --workers 0"                   # of the evaluation, the last of training
+LIMIT = "--limit-queries 300 --workers 0"
 # The tables: {end of the name: (metrics, [attacks])}.
 STRENGTH = "--eps 2/255 4/255 8/255 --attack-steps 10"
 PAPERS = ["--eps 8/255 --attack-steps 10", "--protocol template"]
