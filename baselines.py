@@ -300,9 +300,9 @@ def main(args):
     if triplets and (labels.bincount() > 1).sum() < 2:
         raise UserError(f"{args.dataset} has fewer than 2 training classes with two images, and "
                         f"triplets need them: give other data, or lower --val-classes")
-    step, fixed = METHODS[args.method], teacher and common.load_model(teacher, run.device)
-    options = [{"teacher": network} for network in fixed] if teacher else \
-        [{name: getattr(args, name) for name in OPTIONS.get(args.method, ())}] * args.members
+    options = [{"teacher": network} for network in common.load_model(teacher, run.device)] \
+        if teacher else [{name: getattr(args, name) for name in OPTIONS.get(args.method, ())}] \
+        * args.members
     part = common.split_by_image(labels, args.members, args.seed)
     members = common.load_model(teacher, run.device) if teacher else \
         [run.network(i) for i in range(args.members)]
@@ -327,7 +327,7 @@ def main(args):
                 epoch_batches(args, labels, epoch, pool=pool, member=i)
             for images, y, rows in run.batches(batches):
                 y = labels[rows] if triplets else y          # mining reads them: on the CPU
-                loss, terms = step(member, images, y, points, ball, **more)
+                loss, terms = METHODS[args.method](member, images, y, points, ball, **more)
                 optimizer.zero_grad()
                 loss.backward()
                 if points is not None:
