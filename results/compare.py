@@ -8,16 +8,18 @@
     python results/compare.py --print                  # only show the commands
 
 Trains what is missing (runs/), attacks what is missing (results.json of each run), counts what the
-training costs, and writes results/arena-DATASET.{json,md} (three protocols, eps50, ERS, costs),
--worst (the worst case at three radii, with and without labels) and -papers (all scores). The same
-command continues where it was stopped: epochs, and attacks that are stored, are not repeated. Flags
-behind -- go to every training.
+training costs, and writes results/arena-DATASET.{json,md} (the papers' attacks, eps50, costs),
+-worst (the worst case at three radii, with and without labels), -papers (all scores of two papers)
+and -ers (Zhou & Patel's ten figures, of the first seed alone, because they take half of the time).
+The same command continues where it was stopped: epochs, and attacks that are stored, are not
+repeated. Flags behind -- go to every training.
 
 All networks of a data set have one architecture, batch, radius and reach; epochs are such that
 every network gets about 107 passes a training image. fare's come on top of its teacher's, which is
 the run of natural. The learning rate is the method's own. A pass is an image that goes forward
-through a network, with or without a gradient; those of all members count. Seconds are those of the
-runs' logs, of one thread each: compare them on one idle machine.
+through a network, with or without a gradient; those of all members count. Seconds are those of two
+epochs, one without and one with the attack, times the epochs: all are measured one after the other
+by one thread, because runs that share a machine slow each other down.
 """
 
 import argparse
@@ -25,10 +27,10 @@ import contextlib
 import csv
 import importlib
 import io
+import itertools
 import json
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -72,12 +74,13 @@ LIMIT = "--limit-queries 300 --workers 0"
 STRENGTH = "--eps 2/255 4/255 8/255 --attack-steps 10"
 PAPERS = ["--eps 8/255 --attack-steps 10", "--protocol template"]
 TABLES = {
-    "": ("R@1 eps50_255 ERS", [*PAPERS, f"--objective joint {RADII}",
-                               f"--protocol template --objective impostor {RADII}",
-                               "--protocol ers --objective ers ers-authors"]),
+    "": ("R@1 eps50_255", [*PAPERS, f"--objective joint {RADII}",
+                           f"--protocol template --objective impostor {RADII}"]),
     "-worst": ("R@1 R@1_label_free", [f"--objective worst {STRENGTH}",
                                       f"--protocol template --objective worst {STRENGTH}"]),
     "-papers": ("R@1 mAP@R NMI AMI F1", PAPERS),
+    "-ers": ("CA+ CA- QA+ QA- TMA ES:D ES:R LTM GTM GTT ERS",
+             ["--protocol ers --objective ers ers-authors"]),
 }
 ATTACK = "--eps 8/255 --step-size 4/255 --attack-steps 4"
 SMALL = "--arch convnet --image-size 32 --embedding-dim 64 --crop resized --batch-size 30"
@@ -108,17 +111,21 @@ def parse_args(argv=None):
 
 def commands(args):
     """[[what a run needs, one by one], ...] and what is left when all runs are there."""
-    attacks = dict.fromkeys(attack for _, attacks in TABLES.values() for attack in attacks)
-    jobs = [[f"{training(args, defense, seed)} --seed {seed} --out {folder(args, defense)}{seed}",
-             *(f"eval.py {folder(args, defense)}{seed} {attack} {LIMIT}" for attack in attacks)]
-            for seed in args.seeds for defense in args.defenses]
-    runs = " ".join(f"'{folder(args, defense)}*'" for defense in args.defenses)
-    name, flags = f"results/arena-{args.dataset}", "--rules vote concat mean member_1 distance"
-    return jobs, [
-        f"results/table.py {name}{end} --metrics {metrics} {flags}"
-        + f" --beside {name}-passes.csv" * (not end)
-        + f" -- {runs} " + " -- ".join(f"{attack} {LIMIT}" for attack in attacks)
-        for end, (metrics, attacks) in TABLES.items()]
+    jobs = []
+    for seed, defense in itertools.product(args.seeds, args.defenses):
+        run = f"{folder(args, defense)}{seed}"
+        attacks = dict.fromkeys(attack for end, (_, attacks) in TABLES.items() for attack in attacks
+                                if end != "-ers" or seed == args.seeds[0])
+        jobs.append([f"{training(args, defense, seed)} --seed {seed} --out {run}",
+                     *(f"eval.py {run} {attack} {LIMIT}" for attack in attacks)])
+    name, last = f"results/arena-{args.dataset}", []
+    for end, (metrics, attacks) in TABLES.items():
+        runs = " ".join(f"'{folder(args, defense)}{args.seeds[0] if end == '-ers' else '*'}'"
+                        for defense in args.defenses)
+        last.append(f"results/table.py {name}{end} --metrics {metrics} --rules vote concat mean "
+                    f"member_1 distance{f' --beside {name}-costs.csv' * (not end)} -- {runs} "
+                    + " -- ".join(f"{attack} {LIMIT}" for attack in attacks))
+    return jobs, last
 
 
 def folder(args, defense):
@@ -142,59 +149,49 @@ def training(args, defense, seed):
 
 # ---- what a training costs
 
-def passes_of(command, epochs):
-    """Passes per training image in so many epochs, the first with a radius of 0; on few glyphs."""
+def costs_of(command, epochs):
+    """(passes per training image, seconds of the last epoch) of a training of so many epochs, the
+    first without an attack, the others with the whole radius."""
     import torch
 
     import common
-    passed = [0]
+    script, *flags = shlex.split(command)
+    module, passed = importlib.import_module(script.removesuffix(".py")), [0]
 
     def note(network, images):
         if isinstance(network, common.EmbeddingModel):
             passed[0] += len(images[0])
 
-    def train(command, *flags):
-        script, *words = shlex.split(command)
-        module = importlib.import_module(script.removesuffix(".py"))
-        args = module.parse_args([*words, *flags, "--val-classes", "40", "--workers", "0",
-                                  "--device", "cpu", "--batch-size", "30"])
-        with contextlib.redirect_stdout(io.StringIO()):
-            module.main(args)
-        return len(common.load_run_data(args)[0])
-
+    torch.set_num_threads(1)
     finish = common.Run.finish
     common.Run.finish = lambda run, *protocols: None         # the closing evaluation is no training
-    with tempfile.TemporaryDirectory() as out:
-        teacher, hook = f"{out}/natural", None
-        try:
-            if "{natural}" in command:
-                train("baselines.py", "--epochs", "1", "--out", teacher)
-            hook = torch.nn.modules.module.register_module_forward_pre_hook(note)
-            images = train(command.format(natural=teacher), "--epochs", str(epochs), "--eps-ramp",
-                           "0", "1", "--out", f"{out}/run")
-        finally:
-            common.Run.finish = finish
-            if hook:
-                hook.remove()
-    return passed[0] / images
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
+            args = module.parse_args([*flags, "--epochs", str(epochs), "--eps-ramp", "1", "0",
+                                      "--out", f"{out}/run"])
+            module.main(args)
+            seconds = [json.loads(line)["seconds"] for line in open(f"{out}/run/log.jsonl")]
+    finally:
+        common.Run.finish = finish
+        hook.remove()
+    return passed[0] / len(common.load_run_data(args)[0]), seconds[-1]
 
 
-def count_passes(args):
-    """Write what stands beside the tables: passes per training image, seconds, peak memory."""
-    rows = []
+def count_costs(args):
+    """Write what stands beside the first table: passes per training image, seconds."""
+    rows, seed = [], args.seeds[0]
     for defense in args.defenses:
-        runs = [ROOT / f"{folder(args, defense)}{seed}" for seed in args.seeds]
-        logs = [[json.loads(line) for line in open(run / "log.jsonl")] for run in runs]
-        flags = json.loads((runs[0] / "args.json").read_text())
+        flags = json.loads((ROOT / f"{folder(args, defense)}{seed}" / "args.json").read_text())
+        command = f"{training(args, defense, seed)} --seed {seed}"
+        quiet, both = costs_of(command, 1), costs_of(command, 2)
         benign, grow = flags["eps_ramp"]
-        steps = f"--attack-steps {flags['attack_steps']}"
-        quiet, both = (passes_of(f"{DEFENSES[defense][0]} {steps}", epochs) for epochs in (1, 2))
         benign += bool(grow)                                 # a ramp begins at 0
-        passes = benign * quiet + (flags["epochs"] - benign) * (both - quiet)
-        seconds = statistics.mean(sum(line["seconds"] for line in log) for log in logs)
-        rows.append([Path(folder(args, defense)).name.removesuffix("-s"), f"{passes:.0f}",
-                     f"{seconds:.0f}"])
-    with open(ROOT / f"results/arena-{args.dataset}-passes.csv", "w", newline="") as file:
+        attacked = flags["epochs"] - benign
+        rows.append([Path(folder(args, defense)).name.removesuffix("-s"),
+                     f"{benign * quiet[0] + attacked * (both[0] - quiet[0]):.0f}",
+                     f"{benign * quiet[1] + attacked * both[1]:.0f}"])
+    with open(ROOT / f"results/arena-{args.dataset}-costs.csv", "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([["row", "passes", "seconds"], *rows])
 
 
@@ -241,7 +238,7 @@ def main(args):
             list(pool.map(work, jobs))
         finally:
             pool.shutdown(cancel_futures=True)               # a failure, or Ctrl-C, starts no more
-    count_passes(args)
+    count_costs(args)
     for command in last:
         run_command(command)
 
