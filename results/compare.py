@@ -90,7 +90,7 @@ RATES = {"panum": "--lr 5e-4 --images-per-class 4", "panum-rate0": "--lr 5e-4 --
 TRIPLETS = "est", "act", "hm", "panum-triplet"                  # what their names begin with
 DATASETS = {
     "glyphs": f"--dataset glyphs {SMALL}",
-    "grocery": f"--dataset folder --data-root data/grocery --weights none {SMALL}",
+    "grocery": f"--dataset folder --data-root data/grocery {SMALL}",
     "cub2010": "--dataset cub2010 --arch mobilenetv2 --image-size 64 --embedding-dim 128 "
                "--crop resized --batch-size 120 --lr 1e-4",
 }
@@ -122,8 +122,9 @@ def commands(args):
     for end, (metrics, attacks) in TABLES.items():
         runs = " ".join(f"'{folder(args, defense)}{args.seeds[0] if end == '-ers' else '*'}'"
                         for defense in args.defenses)
+        beside = f" --beside {name}-costs.csv" * (end in ("", "-worst"))
         last.append(f"results/table.py {name}{end} --metrics {metrics} --rules vote concat mean "
-                    f"member_1 distance{f' --beside {name}-costs.csv' * (not end)} -- {runs} "
+                    f"member_1 distance{beside} -- {runs} "
                     + " -- ".join(f"{attack} {LIMIT}" for attack in attacks))
     return jobs, last
 
@@ -136,7 +137,10 @@ def folder(args, defense):
 
 def training(args, defense, seed):
     """What trains a run, without --seed and --out."""
-    command, epochs, *ramp = DEFENSES[defense]
+    (command, epochs, *ramp), given = DEFENSES[defense], [*args.train]
+    if "--teacher" in command and "--weights" in given:      # it starts at the teacher's
+        place = given.index("--weights")
+        del given[place:place + 2]
     words = [command.format(natural=f"{folder(args, 'natural')}{seed}"), DATASETS[args.dataset],
              LIMIT, f"--epochs {epochs}"]
     words += [ATTACK] if not defense.startswith("fast") else ["--eps 8/255"]
@@ -144,7 +148,7 @@ def training(args, defense, seed):
     if args.dataset != "cub2010":
         low = defense.startswith(TRIPLETS)
         words.append(RATES.get(defense, f"--lr {'1e-3' if low else '2e-3'}"))
-    return " ".join([*words, shlex.join(args.train)]).strip()
+    return " ".join([*words, shlex.join(given)]).strip()
 
 
 # ---- what a training costs

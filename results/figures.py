@@ -4,7 +4,8 @@
     python results/figures.py results/eat-figures -- 'runs/at-*' 'runs/eat-glyphs-*' \\
         --eps 2/255 4/255 8/255 -- --attack-steps 1 5 20 -- --against sum member_1 member_2
     python results/figures.py results/eat-figures --saved natural.npz eat.npz
-    python results/figures.py results/matched --table results/matched-defenses-glyphs.json
+    python results/figures.py results/arena --table results/arena-glyphs-worst.json \\
+        results/arena-grocery-worst.json
 
 Behind `--` as for table.py: several --eps give sweep-eps (EAT, Figure 3), several --attack-steps
 sweep-steps (Figure 2), --against member_1 ... per-member (Figure 4), runs with --eval-every give
@@ -12,8 +13,8 @@ training (Panum et al., Figures 3 and 4); lines and bars are means, with the ran
 their numbers are written, too. --saved takes files of `eval.py --save-embeddings`: embeddings (EAT,
 Figure 1; two dimensions: Panum et al., Figure 2), shift, and for each a sheet of queries with their
 nearest neighbours (Figure 1; --limit-queries 500 saves all of their images). --table draws what a
-defense costs and what it reaches; where the rows differ in the steps of their training, over these
-(Zhou & Patel, Figures 1, 6 to 8).
+defense costs and what it reaches, tables side by side; where the rows of one differ in the steps of
+their training, over these (Zhou & Patel, Figures 1, 6 to 8).
 """
 
 import glob
@@ -204,28 +205,30 @@ def draw_members(plt, scores):
     return figure
 
 
-def draw_costs(plt, content):
-    """A table's rows, Recall@1 (of ensembles by vote) and ERS, over its column "seconds"."""
-    figure, axes = plt.subplots(1, 3, figsize=(13.5, 4.2), layout="constrained")
-    for axis, (side, metric, words, scale) in zip(axes, (
-            ("clean", "R@1", "clean Recall@1 (%)", 100),
-            ("attacked", "R@1", "attacked Recall@1 (%)", 100), ("attacked", "ERS", "ERS", 1))):
+def draw_costs(plt, contents):
+    """Attacked Recall@1 of a table's rows (of ensembles by vote) over its column "seconds", under
+    the table's first attack; a panel a table, {its name: its content}. The names stand in a column
+    beside the panel, in the order of the points, so that none covers another."""
+    figure, axes = plt.subplots(1, len(contents), figsize=(7 * len(contents), 5), squeeze=False,
+                                layout="constrained")
+    for axis, (title, content) in zip(axes[0], contents.items()):
         shown = {}                                           # the first attack of every defense
         for row in content["rows"]:
             name, _, rule = row["name"].partition(" ")
-            if rule in ("", "vote", "distance" * (metric == "ERS")) and metric in row[side] \
+            if rule in ("", "vote") and "R@1" in row["attacked"] \
                     and "seconds" in row.get("beside", {}):
-                shown.setdefault(name, (float(row["beside"]["seconds"]), *row[side][metric]))
-        for place, (name, (seconds, mean, std)) in enumerate(sorted(shown.items(),
-                                                                    key=lambda own: own[1][0])):
-            axis.errorbar(seconds, scale * mean, scale * (std or 0), fmt="o", color=COLOURS[0],
-                          markersize=4)
-            right, up = place % 4 in (0, 3), place % 2 == 0  # neighbours' names to four sides
-            axis.annotate(plain(name.removeprefix("matched-").partition("-glyphs")[0]),
-                          (seconds, scale * mean), xytext=(4 if right else -4, 3 if up else -9),
-                          textcoords="offset points", ha="left" if right else "right", fontsize=7)
-        axis.set(xscale="log", xlabel="seconds of training", ylabel=words)
-        axis.margins(x=0.3, y=0.12)
+                shown.setdefault(name, (float(row["beside"]["seconds"]), *row["attacked"]["R@1"],
+                                        row["attack"]))
+        ranked = sorted(shown.items(), key=lambda own: own[1][1])
+        for height, (name, (seconds, mean, std, _)) in zip(np.linspace(0, 1, len(ranked)), ranked):
+            axis.errorbar(seconds, 100 * mean, 100 * (std or 0), fmt="o", color=COLOURS[0],
+                          markersize=5)
+            name = re.sub(r"^(matched|arena)-|-(glyphs|grocery|cub2010)-\w+$", "", name)
+            axis.annotate(plain(name), (seconds, 100 * mean), xytext=(1.04, height), fontsize=8,
+                          textcoords="axes fraction", va="center", annotation_clip=False,
+                          arrowprops={"arrowstyle": "-", "color": "0.7", "linewidth": 0.5})
+        axis.set(xscale="log", xlabel="seconds of training", title=title,
+                 ylabel=f"Recall@1 (%): {ranked[0][1][3] if ranked else ''}")
     return figure
 
 
@@ -376,7 +379,8 @@ def parse_args(argv=None):
     parser.add_argument("folder", metavar="FOLDER", help="where the pictures go")
     parser.add_argument("--saved", nargs="+", default=[], metavar="NPZ",
                         help="files of eval.py --save-embeddings, one a run")
-    parser.add_argument("--table", metavar="JSON", help="a table of results/table.py")
+    parser.add_argument("--table", nargs="+", default=[], metavar="JSON",
+                        help="tables of results/table.py")
     parser.add_argument("--rules", nargs="+", metavar="RULE",
                         help="inference rules of ensembles in the curves (default: vote)")
     args = parser.parse_args(parts[0] if parts else [])
@@ -407,14 +411,14 @@ def main(args):
         figures |= {"embeddings": draw_embeddings(plt, views), "shift": draw_shift(plt, views)}
         figures |= {f"retrieval-{view['name']}" if len(views) > 1 else "retrieval":
                     draw_retrieval(plt, view) for view in views if "gallery" not in view}
-    if args.table:
-        content = common.read_json(Path(args.table))
-        numbers["training-cost"] = training_costs(content)
+    contents = {Path(path).stem: common.read_json(path) for path in args.table}
+    if contents:
+        numbers["training-cost"] = training_costs([*contents.values()][0])
         if numbers["training-cost"]:
             figures["training-cost"] = draw_curves(plt, numbers["training-cost"], "eta + 1",
                                                    REACHED)
         else:
-            figures["cost"] = draw_costs(plt, content)
+            figures["cost"] = draw_costs(plt, contents)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in numbers.items():
         if content:

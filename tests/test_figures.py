@@ -220,17 +220,21 @@ def test_a_histogram_shows_how_far_queries_move(plt, tmp_path):
     assert "0.5: clustering: shift" in figure.legends[0].get_texts()[1].get_text()
 
 
-def test_costs_are_points_of_every_defense(plt):
-    rows = [{"name": name, "beside": {"seconds": seconds}, "clean": {"R@1": [0.5, 0.1]},
-             "attacked": attacked} for name, seconds, attacked in (
-                 ("at-glyphs-convnet", "10", {"R@1": [0.25, None]}),
-                 ("at-glyphs-convnet", "10", {"ERS": [30.0, 1.0]}),
-                 ("eat-glyphs-convnet concat", "20", {"R@1": [0.9, None]}),
-                 ("eat-glyphs-convnet vote", "20", {"R@1": [0.35, None]}))]
-    figure = figures.draw_costs(plt, {"rows": rows + [{**rows[0], "name": "other", "beside": {}}]})
+def test_costs_are_points_of_every_defense_and_no_name_covers_another(plt):
+    rows = [{"name": name, "attack": "worst", "beside": {"seconds": seconds}, "attacked": attacked}
+            for name, seconds, attacked in (
+                ("arena-at-glyphs-convnet", "10", {"R@1": [0.25, None]}),
+                ("arena-at-glyphs-convnet", "10", {"R@1": [0.1, None]}),      # a weaker attack
+                ("arena-eat-glyphs-convnet concat", "20", {"R@1": [0.9, None]}),
+                ("arena-eat-glyphs-convnet vote", "20", {"R@1": [0.25, 0.1]}))]
+    tables = {"glyphs": {"rows": rows + [{**rows[0], "name": "other", "beside": {}}]},
+              "grocery": {"rows": rows[:1]}}
+    figure = figures.draw_costs(plt, tables)
     points = [{text.get_text(): tuple(text.xy) for text in axis.texts} for axis in figure.axes]
-    assert points == [{"at": (10, 50), "eat": (20, 50)}, {"at": (10, 25), "eat": (20, 35)},
-                      {"at": (10, 30)}]
+    assert points == [{"at": (10, 25), "eat": (20, 25)}, {"at": (10, 25)}]
+    assert [axis.get_title() for axis in figure.axes] == ["glyphs", "grocery"]
+    heights = [text.xyann[1] for text in figure.axes[0].texts]
+    assert len(set(heights)) == 2
 
 
 # ---- the command line
