@@ -4,16 +4,14 @@ import csv
 import importlib
 import json
 import shlex
-import sys
 from pathlib import Path
 
+import compare
 import pytest
 
 import common
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "results"))
-import compare  # noqa: E402
 
 DATASETS = pytest.mark.parametrize("dataset", compare.DATASETS)
 RECIPES = pytest.mark.parametrize("recipe", ["", "--matched"])
