@@ -54,9 +54,8 @@ def evaluate_robustness(embed, images_or_loader, labels=None, *, protocol="clust
     pixel values. None: the protocol's own. restarts keep the highest objective per image.
     Returns scores in [0, 1] as they stand in results.json: clean["R@1"] and robust[0]["R@1"] are
     the headline rule's (the vote of an ensemble), "scores" has every rule's. objective "worst":
-    robust[0] is the worst of many attacks; of clustering their records follow. Modes, gradients and
-    random states are afterwards as before. ValueError: images outside [0, 1], or arguments that do
-    not fit together.
+    robust[0] is the worst of many attacks; of clustering their records follow. ValueError: images
+    outside [0, 1], arguments that do not fit. Modes, gradients and random states stay as before.
     """
     attack = attack_of(protocol, attack, objective=objective, eps=eps, step_size=step_size,
                        steps=steps, restarts=restarts, seed=seed)
@@ -140,8 +139,7 @@ def images_and_labels(images, labels):
                         for name in ("image", "label")] for batch in batches]
         if not batches or getattr(batches[0][0], "ndim", 0) != 4 or batches[0][1] is None:
             raise ValueError(f"{form}: found an empty loader, other keys, or labels beside it")
-        images, labels = (torch.cat([torch.as_tensor(batch[i]) for batch in batches])
-                          for i in (0, 1))
+        images, labels = (torch.cat([torch.as_tensor(own[i]) for own in batches]) for i in (0, 1))
     labels = torch.as_tensor([0.5] if labels is None else labels)
     if images.dim() != 4 or labels.shape != images.shape[:1] or len(labels) < 2 \
             or labels.is_floating_point():
@@ -222,19 +220,16 @@ def worst_parts(attack, count):
     several also the exact condition of a miss (impostor; for clustering: joint) on concat, mean,
     the vote, each member and every majority short of all; for strong also Square on the margin.
     Label-free ones come first, then the strongest, because template attacks what is still right."""
-    exact, last = ("joint", "joint") if attack.protocol == "clustering" else \
-        ("impostor", "neighbour")
-    parts, against = [("shift", "sum"), (f"{exact}-pseudo", "sum"), ("impostor", "sum")], []
-    if count > 1:
-        against = ["concat", "mean", "vote"]
-        for size in {1, count // 2 + 1} - {count}:
-            against += [f"member{'s' * (size > 1)}_{'+'.join(map(str, numbers))}"
-                        for numbers in itertools.combinations(range(1, count + 1), size)]
-    parts += [(exact, rule) for rule in against]
-    parts += [(name, "sum") for name in ("soft-impostor", "push-mean", "target", last)]
-    parts = [attack._replace(objective=objective, against=against, restarts=1 if
-                             objective.startswith("joint") else attack.restarts)
-             for objective, against in parts]
+    miss, last = ("impostor", "neighbour") if attack.protocol == "template" else ("joint", "joint")
+    rules = ["concat", "mean", "vote"] if count > 1 else []
+    for size in {1, count // 2 + 1} - {count}:
+        rules += [f"member{'s' * (size > 1)}_{'+'.join(map(str, numbers))}"
+                  for numbers in itertools.combinations(range(1, count + 1), size)]
+    aims = [(name, "sum") for name in ("shift", f"{miss}-pseudo", "impostor")]
+    aims += [(miss, rule) for rule in rules]
+    aims += [(name, "sum") for name in ("soft-impostor", "push-mean", "target", last)]
+    parts = [attack._replace(objective=name, against=rule, restarts=1 if name.startswith("joint")
+                             else attack.restarts) for name, rule in aims]
     strong = attack.attack == "strong-1"
     return parts + [attack_of(attack.protocol, "square", eps=attack.eps, seed=attack.seed)] * strong
 
@@ -354,8 +349,7 @@ def aim(retrieval, attack, spaces=None):
         away, only = common.neighbour(part, itself=attack.objective == "self")
     else:
         spaces = spaces or spaces_of(retrieval, attack)
-        kind = re.sub("-nearest|-pseudo", "", attack.objective)
-        objective = impostor if vote else VALUES[kind]
+        objective = impostor if vote else VALUES[re.sub("-nearest|-pseudo", "", attack.objective)]
 
         def away(parts, rows):
             terms = [objective(e, rows, space) for e, space in zip(parts, spaces)]
@@ -379,17 +373,15 @@ def targets(retrieval, attack):
     first = torch.searchsorted(ranked, labels)
     size = torch.searchsorted(ranked, labels, right=True) - first
     draw = common.random_stream(attack.seed, 0, common.TARGETS).random(len(labels))
-    draw = torch.from_numpy(draw).to(labels.device)
-    place = (draw * (len(names) - size)).long()
+    place = (torch.from_numpy(draw).to(labels.device) * (len(names) - size)).long()
     return order[place + size * (place >= first)]
 
 
 def success_rates(retrieval, attack, embeddings, gallery):
     """{rule: the share of the queries whose nearest candidate is of the target's class}."""
     goal = retrieval.names[targets(retrieval, attack)]
-    first = {rule: common.neighbour_labels(queries, retrieval.labels, 1, candidates,
-                                           retrieval.gallery_labels)
-             for rule, (queries, candidates) in common.rule_spaces(embeddings, gallery).items()}
+    first = {rule: common.neighbour_labels(own, retrieval.labels, 1, met, retrieval.gallery_labels)
+             for rule, (own, met) in common.rule_spaces(embeddings, gallery).items()}
     members = [rule for rule in first if rule.startswith("member_")]
     first["vote"] = common.vote_labels(torch.stack([first[rule] for rule in members]))
     rates = {rule: float((label[:, 0] == goal).double().mean()) for rule, label in first.items()}
@@ -427,8 +419,7 @@ def square(objective, images, eps, queries, streams):
     """Square Attack (Andriushchenko et al., ECCV 2020, Alg. 1 and 2), l_inf: random search without
     gradients. From vertical stripes of +-eps on, a square window of ever smaller side goes to
     +-eps, one sign a channel, and stays where the objective rises; sides as in the authors' code.
-    streams: a numpy generator for every image, whose result then depends on no other.
-    """
+    streams: a numpy generator for every image, whose result then depends on no other."""
     count, channels, height, width = images.shape
     stripes, draws = (
         torch.from_numpy(np.stack([stream.random(size, "f") for stream in streams])).to(images)
@@ -465,8 +456,7 @@ def carlini_wagner(objective, succeeded, images, eps, step_size, steps):
     times the largest change, a failure doubles c, which begins at 0.1. An image ends with a change
     of at most eps (a smaller one changes no score), tau below 1/256, c above 20, or after 30
     rounds. objective(x, i) -> (B,) and succeeded(x, i) -> bool (B,) see some of the images, i.
-    Returns, per image, the success with the smallest |x' - x|_inf or else the last iterate.
-    """
+    Returns each image's success with the smallest |x' - x|_inf, or else its last iterate."""
     shape = (-1, 1, 1, 1)
     best = (images + torch.empty_like(images).uniform_(-eps, eps)).clamp(0, 1)
     last = best.clone()                              # best: the nearest success, or the start
@@ -512,14 +502,12 @@ def missed(spaces, embeddings, rows):
         right = near.masked_fill(~same, -torch.inf).amax(1)
         wrong, place = near.masked_fill(~other, -torch.inf).max(1)
         first.append(torch.where(right > wrong, space.labels[rows], space.names[place]))
-    voted = common.vote_labels(torch.stack(first)[..., None])[:, 0]
-    return voted != spaces[0].labels[rows]
+    return common.vote_labels(torch.stack(first)[..., None])[:, 0] != spaces[0].labels[rows]
 
 
 def joint(retrieval, attack, watch=None):
-    """All images attacked together against where the others are now; EAT's own Eq. (3): embeddings
-    [(n, D)]. Every step maximises soft-impostor against the present embeddings of all others.
-    Unlike shift, under which the images of a class move together, it gets stronger with eps."""
+    """[(n, D)] of all images, attacked together (EAT's own Eq. (3)): each step raises soft-impostor
+    against where the others are now, so that, unlike shift, it gets stronger with eps."""
     spaces, now = spaces_of(retrieval, attack), {}   # now: images on the CPU, because together they
     sizes = halved(attack.step, attack.steps) if attack.attack == "strong-1" else \
         [attack.step] * attack.steps                 # may be larger than a GPU
@@ -536,17 +524,15 @@ def joint(retrieval, attack, watch=None):
             return x
 
         embeddings = retrieval.attacked(attack, value, reads=reads, craft=craft)
-        present = [Space(e, space.labels)
-                   for e, space in zip(read(attack.against, embeddings), spaces)]
+        present = [Space(e, own.labels) for e, own in zip(read(attack.against, embeddings), spaces)]
         value, _ = aim(retrieval, attack, present)
     return embeddings
 
 
 def attacked(retrieval, attack, craft=None, watch=None, left=None):
     """(embeddings of the attacked queries, of the candidates that they meet), as Retrieval.score
-    takes them. craft(objective, images, rows, start) -> images: how to attack, if otherwise than
-    attack.attack says. watch(images, rows) sees every result. left: bool (n,), template: the
-    queries to attack (None: all)."""
+    takes them. craft(objective, images, rows, start) -> images: how, if not as attack.attack says.
+    watch(images, rows) sees every result. left: bool (n,), template: the queries to attack."""
     if retrieval.gallery is not None and attack.protocol == "clustering" and (
             attack.objective, attack.against) != ("shift", "sum"):
         raise UserError(f"{attack}: with a gallery of its own, clustering moves that too, and away "
@@ -556,8 +542,6 @@ def attacked(retrieval, attack, craft=None, watch=None, left=None):
     value, only = aim(retrieval, attack)
     only = left if only is None else only if left is None else only & left
     eps, step, steps, how = attack.eps, attack.step, attack.steps, attack.attack
-    spaces = spaces_of(retrieval, attack._replace(objective="impostor", against="sum")) \
-        if how == "cw" else []
 
     def crafted(objective, images, rows, start):
         if how == "strong-1":
@@ -569,26 +553,25 @@ def attacked(retrieval, attack, craft=None, watch=None, left=None):
             def embed(x):
                 return [model(x) for model in retrieval.models]
 
+            spaces = spaces_of(retrieval, attack._replace(objective="impostor", against="sum"))
             return carlini_wagner(lambda x, i: value(embed(x), rows[i.cpu()]), lambda x, i: missed(
                 spaces, embed(x), rows[i.cpu()]), images, eps, step, steps)
         # FGSM begins at the image, unless the gradient of its objective is zero there
         anywhere = how == "pgd" or attack.objective in ("shift", "self")
         return pgd(objective, images, eps, step, steps, anywhere, start if anywhere else None)
 
-    def watched(*arguments):
-        x = craft(*arguments)
-        watch(x, arguments[2])
+    def watched(objective, images, rows, start):
+        x = craft(objective, images, rows, start)
+        if watch:
+            watch(x, rows)
         return x
 
-    craft = craft or crafted
-    embeddings = retrieval.attacked(
-        attack, value, reads=members_of(attack.against, len(retrieval.models)), only=only,
-        craft=watched if watch else craft)
+    craft, reads = craft or crafted, members_of(attack.against, len(retrieval.models))
+    embeddings = retrieval.attacked(attack, value, reads=reads, only=only, craft=watched)
     return embeddings, retrieval.gallery_met(attack, craft)
 
 
-def measured(retrieval, attack, limited=False, find=lambda attack: None,
-             done=lambda attack, record: None):
+def measured(retrieval, attack, limited=False, find=lambda attack: None, done=lambda *_: None):
     """[record] of an attack, scored by every inference rule; of clustering's `worst` the derived
     record, then those of its parts. find(attack): a record that is there already, or None.
     done(attack, record): told of every new record as soon as it is finished."""
@@ -602,9 +585,8 @@ def measured(retrieval, attack, limited=False, find=lambda attack: None,
                  for part in worst_parts(attack, len(retrieval.models))]
         scores = worst_case(parts)
     elif attack.protocol == "ers":
-        figures = ers_figures(retrieval, attack)
-        scores = {"distance": {**figures, "ERS": ers(figures),
-                               "R@1": recall_of(retrieval, retrieval.clean)}}
+        figures, recall = ers_figures(retrieval, attack), recall_of(retrieval, retrieval.clean)
+        scores = {"distance": {**figures, "ERS": ers(figures), "R@1": recall}}
     else:
         embeddings, gallery = attacked(retrieval, attack)
         scores = retrieval.score(embeddings, gallery, seed=attack.seed,
@@ -623,10 +605,9 @@ def survivors(retrieval, attack):
     """{rule: {"R@1" ..., "mAP@R", "R@1_label_free", "hits", "parts"}}: what survives every part of
     the template protocol's `worst`, at a fraction of the time of all parts on all queries.
 
-    The first part attacks every query, the others those that some rule still has right, until none
-    is left: Recall@1 is that of worst_case. Other scores are those of every query after the attack
-    that first made it wrong, or else the last one. parts: {attack in words: {"attacked": how many
-    queries, "R@1": the share that is right after it}}.
+    Every part attacks the queries that some rule still has right: Recall@1 is that of worst_case.
+    Other scores are those of every query after the attack that first made it wrong, or else the
+    last. parts: {attack in words: {"attacked": how many queries, "R@1": the share right after it}}.
     """
     left, merged, extra = torch.ones(len(retrieval.labels), dtype=torch.bool), {}, {}
     for part in worst_parts(attack, len(retrieval.models)):
@@ -663,27 +644,22 @@ def worst_case(records):
     if len({(own["protocol"], own.get("eps"), own["n_queries"]) for own in records}) != 1:
         raise ValueError("worst_case compares attacks of one protocol and eps on the same images")
     free = [record for record in records if record["objective"] in LABEL_FREE]
-    words = [named(record) for record in records]
 
-    def left(rule, records):
+    def left(rule, some):
         right = np.stack([common.unpack(record["scores"][rule]["hits"], record["n_queries"])
-                          for record in records])                        # bool (attacks, n)
-        return right.all(0) if records[0]["protocol"] == "template" else \
-            right[right.mean(1).argmin()]
+                          for record in some])                           # bool (attacks, n)
+        return right.all(0) if some[0]["protocol"] == "template" else right[right.mean(1).argmin()]
 
-    scores = {}
-    for rule in (rule for rule in records[0]["scores"] if rule != "member_mean"):
-        hits = left(rule, records)
-        scores[rule] = {"R@1": float(hits.mean()),
-                        "R@1_label_free": float(left(rule, free).mean()) if free else None,
-                        "hits": np.packbits(hits).tobytes().hex()}
-    members = [scores[rule] for rule in scores if rule.startswith("member_")]
-    scores["member_mean"] = {
-        name: statistics.mean(member[name] for member in members) if free or name == "R@1" else None
-        for name in ("R@1", "R@1_label_free")}
-    return {rule: {**scores[rule], "parts": {
-        word: record["scores"][rule]["R@1"] for word, record in zip(words, records)}}
-        for rule in records[0]["scores"]}
+    scores, rules = {}, list(records[0]["scores"])
+    for rule in rules:
+        own = [rule] if rule != "member_mean" else [r for r in rules if re.match(r"member_\d", r)]
+        scores[rule] = {
+            name: statistics.mean(float(left(one, some).mean()) for one in own) if some else None
+            for name, some in (("R@1", records), ("R@1_label_free", free))}
+        if rule != "member_mean":
+            scores[rule]["hits"] = np.packbits(left(rule, records)).tobytes().hex()
+        scores[rule]["parts"] = {named(one): one["scores"][rule]["R@1"] for one in records}
+    return scores
 
 
 def eps50(records, clean=None, rule=None):
@@ -705,10 +681,10 @@ def eps50(records, clean=None, rule=None):
 
 def ers(figures):
     """The mean of the ten figures on a scale of 0 to 100, the more the better (Zhou & Patel)."""
-    scaled = [2 * figures["CA+"], 100 - figures["CA-"], 2 * figures["QA+"], 100 - figures["QA-"],
-              100 * (1 - figures["TMA"]), 50 * (2 - figures["ES:D"]),
-              *(figures[name] for name in ("ES:R", "LTM", "GTM", "GTT"))]
-    return statistics.mean(scaled)
+    return statistics.mean([
+        2 * figures["CA+"], 100 - figures["CA-"], 2 * figures["QA+"], 100 - figures["QA-"],
+        100 * (1 - figures["TMA"]), 50 * (2 - figures["ES:D"]),
+        *(figures[name] for name in ("ES:R", "LTM", "GTM", "GTT"))])
 
 
 def ers_figures(retrieval, attack):
@@ -722,10 +698,9 @@ def ers_figures(retrieval, attack):
     GTM (R@1)              towards the nearest of another class
     GTT (percent)          its nearest neighbour out of its top 4: the share that stays in
 
-    The objective "ers-authors" repeats the slips of the authors' code: the image's own clean copy
-    counts as a candidate (of CA, QA, LTM); GTM's target is the wrong image; ES starts at the image
-    with a target that is off by -9e-7 at the first step and -1e-6 afterwards, and ES:D is measured
-    before the last step.
+    "ers-authors" repeats the slips of the authors' code: the image's own clean copy is a candidate
+    (of CA, QA, LTM); GTM's target is the wrong image; ES starts at the image, its target is off by
+    -9e-7 at first and by -1e-6 afterwards, and ES:D is measured before the last step.
     """
     clean, labels, count = retrieval.clean, retrieval.labels, len(retrieval.labels)
     if retrieval.gallery is not None or count < 100:
@@ -739,17 +714,16 @@ def ers_figures(retrieval, attack):
         """The attacked embeddings; first: what the first step maximises, where it is not value."""
         def craft(_, images, rows, __):
             def of(value):
-                return lambda x: value([model(x) for model in retrieval.models],
-                                       rows.to(labels.device))
+                return lambda x: value([own(x) for own in retrieval.models], rows.to(labels.device))
 
             x = pgd(of(first or value), images, attack.eps, attack.step, min(steps, 1), start)
             return pgd(of(value), images, attack.eps, attack.step, steps - 1, start=x)
 
         return retrieval.attacked(attack, value, craft=craft)
 
-    def to(embeddings, picked):
+    def to(embeddings, picked, offset=0.0):
         """d (b,) of every row to one clean candidate."""
-        return sum(common.euclidean(e, member[picked])
+        return sum(common.euclidean(e, member[picked] - offset)
                    for e, member in zip(embeddings, clean)) / len(clean)
 
     def nearer(name, asks, sign, ties=False):
@@ -783,10 +757,6 @@ def ers_figures(retrieval, attack):
         return sum((e * member[chosen["random"][rows]]).sum(1)
                    for e, member in zip(embeddings, clean)) / len(clean)
 
-    def away(offset=0.0):
-        return lambda embeddings, rows: sum(common.euclidean(e, member[rows] - offset)
-                                            for e, member in zip(embeddings, clean)) / len(clean)
-
     def farthest_other(embeddings, rows):
         distance = distances(embeddings, clean)
         same = labels[rows, None] == labels
@@ -795,10 +765,11 @@ def ers_figures(retrieval, attack):
                        - distance.masked_fill(~friends, torch.inf).amin(1))
 
     if authors:
-        shifted, before = (moved(away(1e-6), steps=steps, first=away(9e-7))
+        shifted, before = (moved(lambda e, rows: to(e, rows, 1e-6), steps=steps,
+                                 first=lambda e, rows: to(e, rows, 9e-7))
                            for steps in (attack.steps, attack.steps - 1))
     else:
-        shifted = before = moved(away(), start=True)
+        shifted = before = moved(to, start=True)
     wrong, stays = chosen["wrong" if authors else "rival"], nearer("top", True, -1, ties=True) < 4
     return {"CA+": rank("random query", False, 1), "CA-": rank("near query", False, -1),
             "QA+": rank("random candidate", True, 1), "QA-": rank("near candidate", True, -1),
@@ -806,8 +777,7 @@ def ers_figures(retrieval, attack):
             "ES:D": float(to(before, everything).double().mean()),
             "ES:R": 100 * recall_of(retrieval, shifted),
             "LTM": 100 * recall_of(retrieval, moved(farthest_other)),
-            "GTM": 100 * recall_of(retrieval, moved(
-                lambda embeddings, rows: -to(embeddings, wrong[rows]))),
+            "GTM": 100 * recall_of(retrieval, moved(lambda e, rows: -to(e, wrong[rows]))),
             "GTT": 100 * float(stays.double().mean())}
 
 
@@ -821,14 +791,12 @@ def distances(embeddings, others, exact=False):
 
 def recall_of(retrieval, embeddings):
     """Recall@1 of (attacked) queries among the clean images; ties count against the query."""
-    labels, hits = retrieval.labels, []
-    everything = torch.arange(len(labels), device=labels.device)
-    for rows in everything.split(128):
+    space, hits = Space(retrieval.clean[0], retrieval.labels), []
+    for rows in torch.arange(len(retrieval.labels)).split(128):
         distance = distances([e[rows] for e in embeddings], retrieval.clean, exact=True)
-        same = labels[rows, None] == labels
-        friends = same & (everything != rows[:, None])
-        hits.append(distance.masked_fill(~friends, torch.inf).amin(1)
-                    < distance.masked_fill(same, torch.inf).amin(1))
+        same, other = space.masks(rows)
+        hits.append(distance.masked_fill(~same, torch.inf).amin(1)
+                    < distance.masked_fill(~other, torch.inf).amin(1))
     return float(torch.cat(hits).double().mean())
 
 
@@ -877,15 +845,13 @@ def cheap_checks(retrieval, models):
     for model in models:
         given = few.clone()
         with torch.no_grad():
-            first, again, two = (model(part).float()
-                                 for part in (given, few.clone(), few[:2].clone()))
+            first, again, two = (model(x).float() for x in (given, few.clone(), few[:2].clone()))
         changed |= not torch.equal(given, few)
         lengths += first.norm(dim=1).tolist()
         random = max(random, float((first - again).abs().max()))
         mixed = max(mixed, float((first[:2] - two).abs().max() / first.abs().max()))
     alone = int((common.candidate_counts(retrieval.labels, retrieval.gallery_labels) == 0).sum())
     finite = all(bool(e.isfinite().all()) for e in retrieval.clean)
-    collapsed = common.collapse_warnings(retrieval)
     return [
         verdict("input unchanged", not changed, f"images changed in place: {changed}",
                 "the network gets copies here; copy them inside"),
@@ -899,7 +865,7 @@ def cheap_checks(retrieval, models):
         verdict("unit norm", all(abs(length - 1) <= 1e-3 for length in lengths),
                 f"embeddings have lengths from {min(lengths):.4g} to {max(lengths):.4g}",
                 "they are not unit vectors and were normalised"),
-        *([("collapse", False, text) for text in collapsed] or
+        *([("collapse", False, text) for text in common.collapse_warnings(retrieval)] or
           [("collapse", True, "images differ in their embeddings")]),
         verdict("singletons", alone == 0,
                 f"{alone} of {len(retrieval.labels)} queries have no candidate of their class",
@@ -907,10 +873,8 @@ def cheap_checks(retrieval, models):
 
 
 def checkable(attack):
-    if attack.attack != "pgd" or attack.objective in ("worst", "joint", "joint-pseudo",
-                                                      *OBJECTIVES["ers"]):
-        raise UserError(f"the checks examine PGD of clustering or template, with an objective "
-                        f"other than joint and worst: found {attack}")
+    if attack.attack != "pgd" or re.match("worst|joint|ers", attack.objective):
+        raise UserError(f"the checks are of PGD, not of joint, worst or ers: found {attack}")
 
 
 def checks(retrieval, attack, models, others=()):
@@ -1029,12 +993,10 @@ def parse_args(argv=None):
         help="cw: Carlini & Wagner, template only; square: without gradients; strong: the worst of "
              "many, recipe strong-1 (default: pgd)")
     add("--objective", nargs="+", default=[None], metavar="NAME",
-        help="what is maximised (default: each first; impostor for square; worst, of many attacks, "
-             "for strong): " + "; ".join(f"{key} {', '.join(names)}"
-                                         for key, names in OBJECTIVES.items()))
+        help="what is maximised (default: each first; impostor for square; worst, of many, for "
+             "strong): " + "; ".join(f"{key} {', '.join(own)}" for key, own in OBJECTIVES.items()))
     add("--against", nargs="+", default=["sum"], metavar="WHAT",
-        help="which networks' embeddings are attacked: sum, concat, mean, vote, member_1 ..., "
-             "members_1+2 ... (default: sum)")
+        help="what is attacked: sum (default), concat, mean, vote, member_1 ..., members_1+2 ...")
     add("--eps", type=fraction, nargs="+", default=[None], metavar="8/255",
         help="radius, pixel values (default: 8/255; 0.01 for template)")
     add("--step-size", type=fraction, metavar="2/255",
@@ -1169,15 +1131,15 @@ def evaluate_run(run, checkpoint, transfer, gallery, args, device):
     results = read_results(path) if stores else {"clean": {}, "robust": [], "warnings": []}
     source, limit = name_of(args.gallery_from) if gallery else None, args.limit_queries
     attacks, warnings = attacks_of(args, flags.seed), results["warnings"]
-    known = [record for record in results["robust"] if not args.overwrite
-             and record.get("gallery_from") == source
-             and (record["n_queries"] == limit if record["limited"]
-                  else not limit or record["n_queries"] <= limit)]
+    known = [own for own in results["robust"]
+             if not args.overwrite and own.get("gallery_from") == source and (
+                 own["n_queries"] == limit if own["limited"]
+                 else not limit or own["n_queries"] <= limit)]
 
     def find(attack):
-        return next((record for record in known if agrees(record, attack)), None)
+        return next((record for record in known if agrees(record, attack._asdict())), None)
 
-    def finished(attack, record):
+    def store(attack, record):
         record |= {"gallery_from": source} if source else {}
         if source or results["clean"].get("n_queries") != record["n_queries"]:
             record["clean"] = clean                           # what this record compares with
@@ -1185,9 +1147,8 @@ def evaluate_run(run, checkpoint, transfer, gallery, args, device):
         if stores:
             with rewritten(path) as content:
                 robust = content["robust"]
-                place = next((i for i, old in enumerate(robust) if agrees(old, attack) and all(
-                    old.get(name) == record.get(name) for name in ("n_queries", "gallery_from"))),
-                    len(robust))
+                own = {**attack._asdict(), "n_queries": record["n_queries"], "gallery_from": source}
+                place = next((i for i, old in enumerate(robust) if agrees(old, own)), len(robust))
                 robust[place:place + 1] = [record]
         print(f"{label}: {attack}: {record['seconds']:.0f} s", flush=True)
 
@@ -1199,8 +1160,7 @@ def evaluate_run(run, checkpoint, transfer, gallery, args, device):
         clean = common.clean_scores(retrieval, flags.seed)
         warnings += [text for _, passed, text in cheap_checks(retrieval, members)
                      if not passed and text not in warnings]
-        records = [measured(retrieval, attack, test.limited, find, finished)[0]
-                   for attack in attacks]
+        records = [measured(retrieval, attack, test.limited, find, store)[0] for attack in attacks]
         if args.save_embeddings:
             save_embeddings(args.save_embeddings, retrieval, attacks[0], test, flags.data_root)
         others = common.load_model(transfer, device) if transfer else []
@@ -1231,10 +1191,10 @@ def open_run(checkpoint, gallery, flags, args, device):
     return retrieval, members, test
 
 
-def agrees(record, attack):
-    """Whether a stored record has the numbers of this attack; floats may differ by rounding."""
+def agrees(record, wanted):
+    """Whether a stored record has what is wanted; floats may differ by rounding."""
     return all(math.isclose(record[name], value, rel_tol=1e-9) if isinstance(value, float)
-               else record[name] == value for name, value in attack._asdict().items())
+               else record.get(name) == value for name, value in wanted.items())
 
 
 def read_results(path):
@@ -1261,24 +1221,22 @@ def save_embeddings(path, retrieval, attack, test, root):
     paths, classes; attack: its numbers as JSON. rows: up to 500 queries; images_clean,
     images_attacked: these. With a gallery also gallery, gallery_labels, _paths, _attacked."""
     rows = torch.linspace(0, len(test) - 1, min(500, len(test))).round().long().tolist()
-    images = dict.fromkeys(rows)
+    clean = [test[row][0] for row in rows]
+    made = dict(zip(rows, clean))
 
     def watch(batch, numbers):
-        images.update({row: image.cpu() for row, image in zip(numbers.tolist(), batch)
-                       if row in images})
+        made.update({row: x.cpu() for row, x in zip(numbers.tolist(), batch) if row in made})
 
     def names(dataset):
         return [name if dataset.generated else Path(os.path.relpath(name, root)).as_posix()
                 for name in dataset.paths]
 
     moved, met = attacked(retrieval, attack, watch=watch)
-    images |= {row: test[row][0] for row, image in images.items() if image is None}
     embeddings = {"clean": retrieval.clean, "attacked": moved, "gallery": retrieval.gallery,
                   "gallery_attacked": met if attack.protocol == "clustering" else None}
     arrays = {"labels": test.labels, "paths": names(test), "classes": test.classes, "rows": rows,
               "attack": json.dumps({**attack._asdict(), "eps_255": 255 * attack.eps}),
-              "images_clean": torch.stack([test[row][0] for row in rows]),
-              "images_attacked": torch.stack([images[row] for row in rows])}
+              "images_clean": torch.stack(clean), "images_attacked": torch.stack([*made.values()])}
     arrays |= {name: torch.stack(e).cpu().numpy() for name, e in embeddings.items() if e}
     if test.gallery is not None:
         arrays |= {"gallery_labels": test.gallery.labels, "gallery_paths": names(test.gallery)}

@@ -105,16 +105,15 @@ def sine(frequency):
     return lambda x: NET((frequency * x).sin()), {"images": images, "objective": "shift"}
 
 
-@pytest.mark.parametrize("frequency, eps, passes", [(2000, 0.4, False), (200, 4, True)])
-def test_an_attack_smaller_than_a_grey_level_does_not_survive_8_bit(frequency, eps, passes):
+@pytest.mark.parametrize("check, frequency, eps, step, passes", [
+    ("8 bit", 2000, 0.4, 0.102, False), ("8 bit", 200, 4, 1.02, True),
+    ("10 restarts", 30, 8, 2, False)])
+def test_steps_below_a_grey_level_or_a_score_that_hangs_on_the_start_are_reported(
+        check, frequency, eps, step, passes):
     model, options = sine(frequency)
-    assert verdicts(model, "8 bit", eps=eps / 255, step_size=eps / 1000, **options) == [passes]
-
-
-def test_a_score_that_hangs_on_the_start_is_reported():
-    model, options = sine(30)
-    assert verdicts(model, "10 restarts", eps=8 / 255, step_size=2 / 255, steps=1, **options) == \
-        [False]
+    steps = 1 if check == "10 restarts" else 5
+    assert verdicts(model, check, eps=eps / 255, step_size=step / 255, steps=steps,
+                    **options) == [passes]
 
 
 def test_a_model_that_repairs_what_is_far_from_known_images_fails_the_sweep():

@@ -4,16 +4,14 @@ import functools
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
+import claims
 import pytest
+from claims import Claim, Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
-sys.path.insert(0, str(RESULTS))
-import claims  # noqa: E402
-from claims import Claim, Figure  # noqa: E402
 
 ALL = [claim for _, own in claims.sections() for claim in own]
 # What no stored table has.

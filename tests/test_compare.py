@@ -4,18 +4,14 @@ import csv
 import importlib
 import json
 import shlex
-import sys
 import time
 from pathlib import Path
 
+import compare
 import pytest
 import torch
 
 import common
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "results"))
-import compare  # noqa: E402
 
 DATASETS = pytest.mark.parametrize("dataset", compare.DATASETS)
 

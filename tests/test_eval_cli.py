@@ -4,12 +4,12 @@ import json
 import multiprocessing
 import shutil
 import time
-import warnings
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_scripts import contents, stored
 
 import common
 import eat
@@ -53,22 +53,6 @@ def run(trained, tmp_path):
 
 
 @pytest.fixture
-def fails(capsys, monkeypatch):
-    """fails(words, flags...): exit code 2 and one line on stderr with these words."""
-    def check(words, *arguments):
-        monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)   # restored later
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            common.run_script(lambda: evaluator.parse_args(list(map(str, arguments))),
-                              evaluator.main)
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.count("\n") == 1 and "error: " in error, error
-        for word in words:
-            assert word in error, error
-    return check
-
-
-@pytest.fixture
 def attacks_made(monkeypatch):
     """The radii of the attacks that are made; at a radius that is in `stop`, an interrupt."""
     made, stop, whole = [], set(), evaluator.attacked
@@ -99,14 +83,6 @@ def start(*arguments):
     process = server.Process(target=evaluate_in_child, args=(arguments,))
     process.start()
     return process
-
-
-def stored(run):
-    return json.loads((run / "results.json").read_text())
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def timeless(records):
@@ -220,7 +196,7 @@ def test_one_table_holds_all_runs_once(run, trained, tmp_path, capsys):
     ("--protocol ers --save-embeddings a.npz", ["ers"]), ("nowhere*", ["nowhere*"])])
 def test_a_bad_value_is_one_line_and_nothing_is_written(bad, words, run, fails):
     before = contents(run)
-    fails(words, run, *HERE, *bad.split())
+    assert fails(words, evaluator, run, *HERE, *bad.split()) == 2
     assert contents(run) == before
 
 
@@ -228,11 +204,12 @@ def test_damaged_results_and_data_that_has_changed_are_refused(run, pictures, tm
     shutil.copytree(pictures, tmp_path / "pictures")
     shutil.copy(pictures / "class4/0.png", tmp_path / "pictures/class4/8.png")
     before = contents(run)
-    fails(["has changed", "class4"], run, *TEMPLATE, "--data-root", tmp_path / "pictures")
+    assert fails(["has changed", "class4"], evaluator, run, *TEMPLATE, "--data-root",
+                 tmp_path / "pictures") == 2
     assert contents(run) == before
     for damaged in ({"robust": [{}]}, {"clean": []}, {"warnings": None}):
         (run / "results.json").write_text(json.dumps({**stored(run), **damaged}))
-        fails(["results.json"], run, *TEMPLATE)
+        assert fails(["results.json"], evaluator, run, *TEMPLATE) == 2
 
 
 @pytest.mark.parametrize("options", [
@@ -277,10 +254,10 @@ def test_a_gallery_of_another_run_is_that_runs(run, trained, pictures):
 def test_failed_checks_are_printed_and_kept_until_they_pass(run, trained, capsys, monkeypatch):
     monkeypatch.setattr(evaluator, "SWEEP", (128,))
     before = stored(run)
-    evaluate(run, *HERE, "--checks", "--attack-steps", "1", "--transfer-from", trained(1))
+    evaluate(run, *HERE, "--checks", "--attack-steps", "0", "--transfer-from", trained(1))
     output, results = capsys.readouterr().out, stored(run)
     alerts = results["warnings"][len(before["warnings"]):]
-    mark = "(clustering: shift, PGD-1, eps 8/255): "
+    mark = "(clustering: shift, PGD-0, eps 8/255): "
     assert output.count("\npass  ") + len(alerts) + output.count("WARNING  collapse") >= 18 > 3
     assert "  transfer: " in output and alerts and results["warnings"][:2] == before["warnings"]
     for alert in alerts:
@@ -289,7 +266,7 @@ def test_failed_checks_are_printed_and_kept_until_they_pass(run, trained, capsys
     assert {**results, "warnings": 0, "robust": 0} == {**before, "warnings": 0, "robust": 0}
     for outcome in ([("odd", False, "bad"), ("even", True, "good")], [("odd", True, "good")]):
         monkeypatch.setattr(evaluator, "checks", lambda *_, outcome=outcome: iter(outcome))
-        evaluate(run, *HERE, "--checks", "--attack-steps", "1")
+        evaluate(run, *HERE, "--checks", "--attack-steps", "0")
         assert stored(run)["warnings"] == before["warnings"] + [
             f"check {name} {mark}{text}" for name, passed, text in outcome if not passed]
 

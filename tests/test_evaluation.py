@@ -9,6 +9,7 @@ import random
 
 import numpy as np
 import pytest
+import test_models
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -223,11 +224,8 @@ def test_modes_gradients_buffers_generators_and_images_are_as_before(options):
 
     def condition():
         name, keys, *position = np.random.get_state()
-        return ([module.training for module in model.modules()],
-                [p.requires_grad for p in model.parameters()],
-                [None if p.grad is None else p.grad.tolist() for p in model.parameters()],
-                {name: value.tolist() for name, value in model.state_dict().items()},
-                torch.get_rng_state().tolist(), keys.tolist(), position, random.getstate())
+        return (*test_models.condition(model), torch.get_rng_state().tolist(), keys.tolist(),
+                position, random.getstate())
 
     before = condition()
     evaluate_robustness(model, images, labels, **{**SHORT, "steps": 2, **options})

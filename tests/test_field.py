@@ -4,9 +4,6 @@ odd weights, trees of another layout, models and data of other people, and bad o
 import hashlib
 import os
 import shutil
-import sys
-import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +20,7 @@ import eval as evaluator
 import panum_at
 from eval import check_robustness, evaluate_robustness
 
+pytestmark = pytest.mark.filterwarnings("ignore")
 TINY = ("--dataset folder --arch convnet --image-size 16 --embedding-dim 4 --epochs 1 --members 2 "
         "--batch-size 4 --attack-steps 1 --workers 0 --device cpu").split()
 HERE = ("--workers", "0", "--device", "cpu", "--attack-steps", "1")
@@ -50,22 +48,6 @@ def trained(pictures, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
     eat.main(eat.parse_args([*TINY, "--data-root", str(pictures), "--out", str(out)]))
     return out
-
-
-@pytest.fixture
-def fails(capsys, monkeypatch):
-    """fails(words, module, flags...): the exit code; stderr is one line with these words."""
-    def check(words, module, *arguments):
-        monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)   # restored later
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            common.run_script(lambda: module.parse_args(list(map(str, arguments))), module.main)
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1 and "error: " in error, error
-        assert all(word in error for word in words), error
-        return stop.value.code
-    return check
 
 
 class Hostile:
@@ -115,7 +97,6 @@ ODD = {"sparse": lambda value: value.to_sparse() if value.dim() > 1 else value,
        "quantised": lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8)}
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", [*ODD, "TorchScript", "tensor", "list", "network"])
 def test_weights_of_an_odd_kind_are_one_line(kind, pictures, tmp_path, fails):
     path, content = tmp_path / "w.pth", common.build_model("resnet18", 4).backbone
@@ -162,7 +143,6 @@ def test_of_a_long_strip_only_the_middle_is_resized(shape, tmp_path):
 
 
 # ---- models and data of other people
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("change", [
     lambda net: torch.jit.freeze(torch.jit.script(net)), torch.jit.script,
     lambda net: lambda x: net(x).half(), lambda net: lambda x: net(x).double()])
@@ -229,7 +209,6 @@ def test_the_closing_step_scales_with_its_radius():
 
 def test_a_dollar_in_the_name_of_a_class_is_drawn_as_it_stands(tmp_path):
     pytest.importorskip("matplotlib")
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "results"))
     import figures
     plt = figures.pyplot()
     for name in ("a $5 coin", "$x", r"$\frac{$", "US$ and C$"):

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -91,6 +92,10 @@ def test_a_script_imports_common_alone_of_ours_and_common_nothing(path):
     assert set(imports_of(tree.body)) <= allowed | ours
     files = {source.stem for source in SOURCES}
     assert set(imports_of(ast.walk(tree))) & files == ours
+    assert set(imports_of(ast.walk(tree))) <= allowed | ours | {"tqdm", "scipy", "PIL"}
+    header = re.search(r"^# dependencies = (\[.*\])$", path.read_text(), re.M)
+    assert path.name == "common.py" or json.loads(header.group(1)) == lines_of(
+        ROOT / "requirements.txt")
     assert not any(isinstance(node, ast.Name) and node.id in ("eval", "exec", "__import__")
                    for node in ast.walk(tree))
 

@@ -59,23 +59,16 @@ def test_pgd_reaches_the_optimum_of_a_linear_objective(random_start, seed):
     torch.testing.assert_close(adversarial, (x + EPS * w.sign()).clamp(0, 1))
 
 
-@pytest.mark.parametrize("steps", [1, 3, 10])
+@pytest.mark.parametrize("step, steps", [(STEP, 1), (STEP, 3), (STEP, 10), (EPS, 1)])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_pgd_equals_torchattacks_for_cross_entropy(steps, seed):
+def test_pgd_equals_torchattacks_for_cross_entropy_and_one_step_of_eps_is_fgsm(step, steps, seed):
     torchattacks = pytest.importorskip("torchattacks")
     model, x, y = small_classifier(seed), random_images(8, seed), torch.arange(8) % 5
-    oracle = torchattacks.PGD(model, eps=EPS, alpha=STEP, steps=steps, random_start=False)
-    ours = pgd(cross_entropy(model, y), x, EPS, STEP, steps, random_start=False)
+    oracle = torchattacks.FGSM(model, eps=EPS) if step == EPS else torchattacks.PGD(
+        model, eps=EPS, alpha=STEP, steps=steps, random_start=False)
+    ours = pgd(cross_entropy(model, y), x, EPS, step, steps, random_start=False)
     assert not torch.equal(ours, x)
     torch.testing.assert_close(ours, oracle(x, y), rtol=0, atol=1e-12)
-
-
-def test_one_step_of_size_eps_is_fgsm():
-    torchattacks = pytest.importorskip("torchattacks")
-    model, x, y = small_classifier(), random_images(8), torch.arange(8) % 5
-    ours = pgd(cross_entropy(model, y), x, EPS, EPS, 1, random_start=False)
-    theirs = torchattacks.FGSM(model, eps=EPS)(x, y)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("reach", [1, 5], ids=["start in the ball", "start outside"])

@@ -4,16 +4,14 @@ import functools
 import importlib
 import re
 import shlex
-import sys
 from pathlib import Path
 
+import figures
 import pytest
+import reproduce
+import table
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "results"))
-import figures  # noqa: E402
-import reproduce  # noqa: E402
-import table  # noqa: E402
 
 TABLES = {"eat": "1 2 3 4", "panum": "1 2 3 4 5 6 7 E F", "hm": "1 2 3 4 5 6 7 8 9 10 11"}
 FIGURES = {"eat": "1 2 3 4", "panum": "1 2 3 4", "hm": "1 2 3 4 5 6 7 8"}

@@ -19,7 +19,6 @@ import signal
 import sys
 import tempfile
 import time
-import warnings
 from collections import namedtuple
 from pathlib import Path
 
@@ -211,21 +210,13 @@ def stopped(half, tmp_path):
 
 
 @pytest.fixture
-def fails(capsys, monkeypatch):
-    """fails(code, words, name, out, more flags): the exit code, and one line with these words."""
+def fails(fails):
+    """fails(code, words, name, out, more flags): the exit code, one line with these words; what a
+    folder has stays as it is."""
     def check(code, words, name, out, more="", data=None):
-        script, given = CASES[name].script, flags(out, name, more, data)
-        monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)   # restored later
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            common.run_script(lambda: script.parse_args(given), script.main)
-        error, code_found = capsys.readouterr().err, stop.value.code
-        del stop
-        gc.collect()                             # the lock again
-        assert code_found == code, error
-        assert error.count("\n") == 1 and error.endswith("\n") and "error: " in error, error
-        for word in words:
-            assert word in error, error
+        before = contents(out)
+        assert fails(words, CASES[name].script, *flags(out, name, more, data)) == code
+        assert contents(out) == before or not before
     return check
 
 
@@ -448,9 +439,7 @@ def test_the_log_is_written_again_from_the_checkpoint(damage, stopped, whole):
 def test_another_flag_in_the_folder_of_a_run_names_both_values(more, words, record, stopped, fails):
     if not record:
         (stopped / "args.json").unlink()         # last.pt knows the flags, too
-    before = contents(stopped)
     fails(2, [words, "delete the folder"], "eat-x2", stopped, more)
-    assert contents(stopped) == before
 
 
 def test_without_a_checkpoint_there_is_nothing_to_lose_and_any_flags_start(stopped):
@@ -463,10 +452,8 @@ def test_without_a_checkpoint_there_is_nothing_to_lose_and_any_flags_start(stopp
 
 @pytest.mark.parametrize("name, other", [("eat-x2", "at"), ("at", "est"), ("panum", "eat-x2")])
 def test_another_method_in_the_folder_of_a_run_is_refused(name, other, whole, fails):
-    before, words = contents(whole(name)), "--method {}, not {}".format(
-        *(part.removesuffix("-x2") for part in (name, other)))
-    fails(2, [words], other, whole(name))
-    assert contents(whole(name)) == before
+    first, second = (part.removesuffix("-x2") for part in (name, other))
+    fails(2, [f"--method {first}, not {second}"], other, whole(name))
 
 
 def test_a_run_that_was_moved_goes_on_on_another_machine(stopped, whole, tmp_path):
@@ -484,11 +471,10 @@ def test_a_run_that_was_moved_goes_on_on_another_machine(stopped, whole, tmp_pat
      "class1"),
     (lambda root: (root / "class5" / "7.png").unlink(), "test", "class5")])
 def test_data_that_has_changed_is_refused(change, side, first, stopped, tmp_path, fails):
-    root, before = shutil.copytree(pictures(), tmp_path / "changed"), contents(stopped)
+    root = shutil.copytree(pictures(), tmp_path / "changed")
     change(root)
     fails(2, [f"the data has changed since this run was trained: its {side} side had 3 "
               f"classes, now 3, first difference {first};"], "eat-x2", stopped, data=root)
-    assert contents(stopped) == before
 
 
 # ---- damaged files, a second process
@@ -496,9 +482,7 @@ def test_data_that_has_changed_is_refused(change, side, first, stopped, tmp_path
 @pytest.mark.parametrize("text", ["", '{"seed": ', "1", "\xff"])
 def test_a_damaged_args_json_is_one_line(text, stopped, fails):
     (stopped / "args.json").write_bytes(text.encode("latin-1"))
-    before = contents(stopped)
     fails(2, ["args.json"], "eat-x2", stopped)
-    assert contents(stopped) == before
 
 
 def test_a_damaged_checkpoint_is_one_line(stopped, fails):
@@ -507,9 +491,7 @@ def test_a_damaged_checkpoint_is_one_line(stopped, fails):
                for k in (len(content) // 4, len(content) // 2, 3 * len(content) // 4)]
     for damaged in (b"", content[:100], content[:len(content) // 2], content[:-1], *flipped):
         (stopped / "last.pt").write_bytes(damaged)
-        before = contents(stopped)
         fails(2, ["last.pt"], "eat-x2", stopped)
-        assert contents(stopped) == before
 
 
 @pytest.mark.parametrize("part, value", [
@@ -518,15 +500,12 @@ def test_a_damaged_checkpoint_is_one_line(stopped, fails):
     ("state", {"log": []}), ("epoch", "two"), ("classes", None)])
 def test_a_checkpoint_with_another_content_is_one_line(part, value, stopped, fails):
     torch.save(saved(stopped) | {part: value}, stopped / "last.pt")
-    before = contents(stopped)
     fails(2, ["last.pt"], "eat-x2", stopped)
-    assert contents(stopped) == before
 
 
 def test_results_without_their_checkpoint_are_not_trained_over(whole, tmp_path, fails):
     shutil.copy(whole("at") / "results.json", tmp_path)
     fails(2, ["last.pt is gone"], "at", tmp_path)
-    assert set(contents(tmp_path)) == {"results.json"}
 
 
 def test_a_second_process_on_a_folder_is_refused_and_ctrl_c_ends_the_first(tmp_path, fails):
@@ -537,7 +516,6 @@ def test_a_second_process_on_a_folder_is_refused_and_ctrl_c_ends_the_first(tmp_p
     before = contents(out)
     for other in (more, "--epochs 5 --lr 0.1"):
         fails(2, ["another process works on", "--out"], "eat-x2", out, other)
-    assert contents(out) == before
     os.kill(process.pid, signal.SIGCONT)
     wait_for_epochs(process, out, before["log.jsonl"].count(b"\n") + 2)
     os.kill(process.pid, signal.SIGINT)
@@ -557,11 +535,9 @@ NAN = {"eat-x2": "proxy_anchor_loss", "at": "proxy_anchor_loss", "est": "triplet
 def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(name, half, tmp_path, monkeypatch,
                                                                   fails):
     out = shutil.copytree(half(name), tmp_path / "run")
-    before = contents(out)
     monkeypatch.setattr(CASES[name].script, NAN[name],
                         lambda rows, *_, **__: rows.sum() * torch.nan)
     fails(1, ["epoch 3 is not finite", str(out / "last.pt"), "2 epochs"], name, out)
-    assert contents(out) == before
 
 
 @pytest.mark.parametrize("trouble, words", [
