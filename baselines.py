@@ -191,7 +191,7 @@ def act(model, images, labels, proxies, ball, source="random"):
 # ---- command line
 
 METHODS = {step.__name__: step for step in (natural, at, mixup, iat, trades, fast, fare, est, act)}
-TRIPLET = ("est", "act")                                      # the others but fare: Proxy Anchor
+PAIRS = ("est", "act")                                        # the others but fare: Proxy Anchor
 # The flags of a method: passed to it, refused elsewhere.
 OPTIONS = {"at": ("beta", "attack_loss"), "mixup": ("mixup_target",), "iat": ("mixup_target",),
            "trades": ("trades_lambda",), "fare": ("teacher",), "est": ("source",),
@@ -250,8 +250,7 @@ def parse_args(argv=None):
         parser.error("--method fare starts at the networks of --teacher: drop --weights")
     if args.split and args.members == 1:
         parser.error("--members 1 has nothing to split: drop --split")
-    no_pairs = args.images_per_class or args.batch_size % 2
-    if args.method in TRIPLET and (args.members > 1 or no_pairs):
+    if args.method in PAIRS and (args.members > 1 or args.images_per_class or args.batch_size % 2):
         parser.error(f"{args.method} trains one network on pairs of one class: give an even "
                      f"--batch-size, and drop --members and --images-per-class")
     return args
@@ -296,7 +295,7 @@ def main(args):
         print(f"note: {args.method} has no attack in training: --eps and its like change nothing")
     teacher, digest = load_teacher(args) if args.method == "fare" else (None, None)
     run = common.Run(args, args.method, run_name(args))
-    labels, triplets = run.train.labels, args.method in TRIPLET
+    labels, triplets = run.train.labels, args.method in PAIRS
     if triplets and (labels.bincount() > 1).sum() < 2:
         raise UserError(f"{args.dataset} has fewer than 2 training classes with two images, and "
                         f"triplets need them: give other data, or lower --val-classes")

@@ -32,7 +32,7 @@ import panum_at
 SCRIPTS = {"eat": eat, "panum": panum_at, "hm": hardness_manipulation}      # else: baselines.py
 DEFENSES = ("eat", "at", "panum", "hm", *(name for name in baselines.METHODS
                                           if name not in ("at", "fare")))   # it needs a teacher
-PAIRS = ("hm", *baselines.TRIPLET)                                          # see pairs of a class
+PAIRS = ("hm", *baselines.PAIRS)                                          # see pairs of a class
 LABELS = torch.arange(6000) // 100                                          # 60 classes
 
 
