@@ -84,7 +84,7 @@ def triplet_loss(anchor, positive, negative, margin: float = 0.2, reduction: str
     reduction: "mean" over all triplets, or "nonzero": over the strictly positive terms.
     """
     terms = F.relu(euclidean(anchor, positive) - euclidean(anchor, negative) + margin)
-    return _reduce(terms, reduction)
+    return _reduce(terms, reduction, torch.ones_like(terms, dtype=torch.bool))
 
 
 def contrastive_loss(first, second, same, margin: float = 1.0, reduction: str = "mean"):
@@ -92,8 +92,7 @@ def contrastive_loss(first, second, same, margin: float = 1.0, reduction: str = 
     (Panum et al., Sec. 3.1; Hadsell et al. 2006). first, second (T, D); same: bool (T,), whether
     the pair is a positive one. reduction as in triplet_loss."""
     distance = euclidean(first, second)
-    apart = F.relu(margin - distance[~same])
-    return _reduce(distance[same], reduction) + _reduce(apart, reduction)
+    return _reduce(distance, reduction, same) + _reduce(F.relu(margin - distance), reduction, ~same)
 
 
 def euclidean(first, second):
@@ -101,9 +100,10 @@ def euclidean(first, second):
     return torch.linalg.vector_norm(first - second, dim=1)
 
 
-def _reduce(terms, reduction):
-    count = (terms > 0).sum().clamp(min=1) if reduction == "nonzero" else max(len(terms), 1)
-    return terms.sum() / count
+def _reduce(terms, reduction, kind):
+    """The mean of the terms of this kind (bool): masked, because a GPU waits to pick them out."""
+    count = (kind & (terms > 0) if reduction == "nonzero" else kind).sum().clamp(min=1)
+    return terms.where(kind, 0).sum() / count
 
 
 @torch.no_grad()
@@ -130,24 +130,25 @@ def mine_triplets(embeddings, labels, how: str, generator=None, *, anchors=None,
     same = labels[anchors, None] == labels                                             # (A, B)
     other = same & (anchors[:, None] != rows)
     usable = other.any(1) & ~same.all(1)
-    anchors, positive, negative = anchors[usable], other[usable], ~same[usable]
-    if len(anchors) == 0:
-        return anchors, anchors, anchors
+    def here(part):                      # nothing waits for a GPU if the labels are on the CPU
+        return part[usable].to(embeddings.device, non_blocking=True)
+    anchors, positive, negative = here(anchors), here(other), here(~same)
     finite = embeddings.float().nan_to_num(0, 0, 0)  # a diverged network gets a loss that says so
     distance = torch.cdist(finite[anchors], finite,            # (T, B); the matmul form is off by
                            compute_mode="donot_use_mm_for_euclid_dist")     # 1e-3 for near rows
     to_negative = distance.masked_fill(~negative, torch.inf)
-    def draw(wanted, fallback):
-        chosen = torch.where(wanted.any(1, keepdim=True), wanted, fallback)
-        return torch.multinomial(chosen.float(), 1, generator=generator)[:, 0]
+    def draw(wanted, fallback):          # torch.multinomial's draw; its checks make a GPU wait
+        weight = 1.0 * torch.where(wanted.any(1, keepdim=True), wanted, fallback)
+        return (weight / torch.empty_like(weight).exponential_(generator=generator)).argmax(1)
     if how == "softhard":
         p = draw(positive & (distance > to_negative.amin(1, keepdim=True)), positive)
     else:
-        p = draw(positive, positive) if partners is None else partners.to(labels.device)[usable]
+        p = draw(positive, positive) if partners is None else here(partners.to(labels.device))
     if how == "hardest":
         return anchors, p, to_negative.argmin(1)
     if how == "distance":
-        return anchors, p, _distance_weighted(to_negative, embeddings.shape[1], cutoffs, generator)
+        weight = _distance_weights(to_negative, embeddings.shape[1], cutoffs)
+        return anchors, p, draw(weight, weight)
     to_positive = distance.gather(1, p[:, None])
     farthest = distance.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
     wanted = {"random": negative, "softhard": negative & (distance < farthest),
@@ -162,8 +163,8 @@ def mine_pairs(embeddings, labels, source):
                          cutoffs=(None, None))                 # Zhou & Patel's have no cutoffs
 
 
-def _distance_weighted(distance, dim, cutoffs, generator):
-    """One negative per row with weight 1 / q(d), q(d) ~ d^(dim - 2) (1 - d^2 / 4)^((dim - 3) / 2)
+def _distance_weights(distance, dim, cutoffs):
+    """Weights 1 / q(d) of the negatives, by row, q(d) ~ d^(dim - 2) (1 - d^2 / 4)^((dim - 3) / 2)
     being the density of distances on the sphere; distance (T, B) is inf where not a negative."""
     low, high = cutoffs
     allowed = distance < (torch.inf if high is None else high)
@@ -171,8 +172,7 @@ def _distance_weighted(distance, dim, cutoffs, generator):
                           distance == distance.amin(1, keepdim=True))
     d = distance.double().clamp(max(low or 0, 1e-4), 1.99)
     log_weight = (2 - dim) * d.log() - (dim - 3) / 2 * torch.log1p(-d.square() / 4)
-    weight = log_weight.masked_fill(~allowed, -torch.inf).softmax(1)     # by row: no underflow
-    return torch.multinomial(weight, 1, generator=generator)[:, 0]
+    return log_weight.masked_fill(~allowed, -torch.inf).softmax(1)       # by row: no underflow
 
 
 # ---- attack ----------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ def highest(similarity, k):
 
 @torch.no_grad()
 def ranking_scores(embeddings, labels, ks, gallery=None, gallery_labels=None, precision=True):
-    """(Recall@K query by query, bool (n, len(ks)); mAP@R or 0) in one pass over the candidates."""
+    """(Recall@K query by query, bool (n, len(ks)); AP@R (n,), 0 where R = 0) in one pass."""
     count = candidate_counts(labels, gallery_labels)
     names = labels if gallery_labels is None else gallery_labels
     limits = torch.tensor(ks, device=labels.device)
@@ -291,7 +291,7 @@ def ranking_scores(embeddings, labels, ks, gallery=None, gallery_labels=None, pr
         if ks:                                        # in place: a third of the time
             nearer = similarity.gt_(best[:, None]).sum(1, dtype=torch.float32)
             hits[rows] = best.isfinite()[:, None] & (nearer[:, None] < limits)
-    return hits.cpu(), float(average.sum() / (count > 0).sum().clamp(min=1))
+    return hits.cpu(), average
 
 
 @torch.no_grad()
@@ -313,7 +313,8 @@ def map_at_r(embeddings, labels, gallery=None, gallery_labels=None) -> float:
 
     R: how many candidates of its class a query has; R = 0 is left out. Else as in recall_at_k.
     """
-    return ranking_scores(embeddings, labels, (), gallery, gallery_labels)[1]
+    average = ranking_scores(embeddings, labels, (), gallery, gallery_labels)[1]
+    return float(average.sum() / (candidate_counts(labels, gallery_labels) > 0).sum().clamp(min=1))
 
 
 def average_precision(hit, count):
@@ -453,21 +454,21 @@ def vote_clusters(assignments: Tensor, clusters: int) -> Tensor:
 
 
 def vote_ranking(embeddings, labels, ks, gallery=None, gallery_labels=None):
-    """(hits (n, 1 + len(ks)) bool, at K = 1 and the ks; mAP@R) of a list whose place j carries the
-    label that most members' j-th neighbours have."""
+    """ranking_scores of a list whose place j carries the label that most members' j-th neighbours
+    have."""
     count = candidate_counts(labels, gallery_labels)
     names = labels if gallery_labels is None else gallery_labels
     depth = min(max(int(count.max()), *ks), len(names) - int(gallery_labels is None))
-    hits = torch.zeros(len(labels), 1 + len(ks), dtype=torch.bool, device=labels.device)
+    hits = torch.zeros(len(labels), len(ks), dtype=torch.bool, device=labels.device)
     average = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
     for chunk in zip(*(similarities(own, labels, other, gallery_labels) for own, other
                        in zip(embeddings, gallery or [None] * len(embeddings)))):
         rows = chunk[0][0]
         votes = torch.stack([names[highest(similarity, depth)[1]] for _, similarity, _ in chunk])
         right = vote_labels(votes) == labels[rows, None]
-        hits[rows] = torch.stack([right[:, :k].any(1) for k in (1, *ks)], 1)
+        hits[rows] = torch.stack([right[:, :k].any(1) for k in ks], 1)
         average[rows] = average_precision(right, count[rows])
-    return hits, float(average[count > 0].mean().nan_to_num())         # nan: nothing to average
+    return hits.cpu(), average
 
 
 # ---- evaluation ------------------------------------------------------------------------------
@@ -536,37 +537,63 @@ class Retrieval:
         self.gallery = embed(models, gallery_batches()) if gallery_batches else None
         self.names = labels if gallery_labels is None else gallery_labels
 
-    def attacked(self, attack, value, *, only=None, craft=None, batches=None) -> list[Tensor]:
+    def attacked(self, attack, value, *, reads=None, only=None, craft=None, batches=None):
         """The embeddings [(n, D)] of the queries after ONE attack on all networks.
 
         value([(B, D)], rows) -> (B,) is maximised; of several restarts the highest is kept, image
-        by image. only: bool (n,), the queries to attack. craft(objective, images, rows) -> images:
+        by image. reads: the networks that value reads (None: all); it gets None of the others.
+        only: bool (n,), the queries to attack. craft(objective, images, rows, start) -> images:
         how, if not by PGD from a uniform start. batches: attack these in place of the queries.
         """
-        moved = [[] for _ in self.models]
+        moved, places = [[] for _ in self.models], []
         cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices=cuda), frozen(*self.models):
-            for number, (images, _, rows) in enumerate((batches or self.batches)()):
+            for number, (images, rows, *starts) in enumerate(
+                    self._packed(attack, only, batches or self.batches)):
                 def objective(x, rows=rows):
-                    return value([model(x) for model in self.models], rows)
+                    return value([model(x) if reads is None or i in reads else None
+                                  for i, model in enumerate(self.models)], rows)
 
                 best = highest = None
                 for restart in range(attack.restarts):       # the same start whatever their number
                     seed_torch(attack.seed, restart, EVALUATE, number)
-                    x = craft(objective, images, rows) if craft else \
-                        pgd(objective, images, attack.eps, attack.step, attack.steps)
+                    start = starts[restart] if starts else None
+                    x = craft(objective, images, rows, start) if craft else pgd(
+                        objective, images, attack.eps, attack.step, attack.steps, start=start)
                     with torch.no_grad():
                         now = objective(x) if attack.restarts > 1 else None
                     if restart:
                         x = torch.where((now > highest).view(-1, 1, 1, 1), x, best)
                         now = torch.maximum(now, highest)
                     best, highest = x, now
-                if only is not None:
-                    best = torch.where(only[rows].view(-1, 1, 1, 1), best, images)
+                places.append(rows.to(self.labels.device))
                 with torch.no_grad():
                     for outputs, model in zip(moved, self.models):
                         outputs.append(model(best).float())
-        return [torch.cat(outputs) for outputs in moved]
+        if only is None:
+            return [torch.cat(outputs) for outputs in moved]
+        return [clean.index_copy(0, torch.cat(places), torch.cat(outputs)) if places else clean
+                for outputs, clean in zip(moved, self.clean)]
+
+    def _packed(self, attack, only, batches):
+        """(images, rows), or of the queries `only` (images, rows, a start for every restart), full
+        batches: a query's start is the one that it has when all are attacked."""
+        held, size = None, 0
+        for number, (images, _, rows) in enumerate(batches()):
+            if only is None:
+                yield images, rows
+                continue
+            kept, starts, size = only[rows].nonzero()[:, 0], [], max(size, len(rows))
+            for restart in range(attack.restarts):
+                seed_torch(attack.seed, restart, EVALUATE, number)
+                starts.append(pgd(None, images, attack.eps, 0, 0)[kept])
+            new = [images[kept], rows[kept.cpu()], *starts]
+            held = [torch.cat(pair) for pair in zip(held, new)] if held else new
+            while len(held[0]) >= size:
+                yield [part[:size] for part in held]
+                held = [part[size:] for part in held]
+        if held and len(held[0]):
+            yield held
 
     def gallery_met(self, attack, craft=None) -> list[Tensor] | None:
         """The candidates [(N, D)] that attacked queries meet; None: each other."""
@@ -583,29 +610,43 @@ class Retrieval:
         and mean (their normalised average). hits: the queries that are right at rank 1, as
         hexadecimal bits. clustering False: no NMI, AMI and F1.
         """
-        labels, names, ks = self.labels, self.gallery_labels, self.ks
-        clusters, scores, assigned = len(labels.unique()), {}, {}
-        def rated(hit, precision, assignment):                # hit (n, 1 + len(ks)), first R@1
-            row = {f"R@{k}": float(right.double().mean()) for k, right in zip(ks, hit[:, 1:].T)}
-            row["mAP@R"] = precision
-            if clustering:
-                row |= {"NMI": nmi(labels, assignment), "AMI": ami(labels, assignment),
-                        "F1": pairwise_f1(labels, assignment)}
-            return {**row, "hits": np.packbits(hit[:, 0].cpu().numpy()).tobytes().hex()}
+        labels, clusters, assigned = self.labels, len(self.labels.unique()), {}
+        for rule, (queries, _) in rule_spaces(embeddings).items() if clustering else ():
+            assigned[rule] = kmeans(queries, clusters, seed).cpu()
+        members = [ids for rule, ids in assigned.items() if rule.startswith("member_")]
+        if len(members) > 1:
+            assigned["vote"] = vote_clusters(torch.stack(members), clusters)
+        scores = self.rated(self.ranked(embeddings, gallery))
+        for rule, ids in assigned.items():
+            scores[rule] |= {"NMI": nmi(labels, ids), "AMI": ami(labels, ids),
+                             "F1": pairwise_f1(labels, ids)}
+        return with_member_mean(scores)
 
-        for rule, (queries, candidates) in rule_spaces(embeddings, gallery).items():
-            assigned[rule] = kmeans(queries, clusters, seed).cpu() if clustering else None
-            scores[rule] = rated(*ranking_scores(queries, labels, (1, *ks), candidates, names),
-                                 assigned[rule])
-        members = [rule for rule in scores if rule.startswith("member_")]
-        if len(members) == 1:
-            return scores
-        voted = vote_clusters(torch.stack([assigned[rule] for rule in members]), clusters) \
-            if clustering else None
-        mean = {metric: float(np.mean([scores[rule][metric] for rule in members]))
-                for metric in scores["member_1"] if metric != "hits"}
-        return {"vote": rated(*vote_ranking(embeddings, labels, ks, gallery, names), voted),
-                "member_mean": mean, **scores}
+    def ranked(self, embeddings, gallery=None) -> dict[str, tuple]:
+        """{rule: ranking_scores at K = 1 and the ks}, arguments as in `score`."""
+        shared = self.labels, (1, *self.ks)
+        ranked = {rule: ranking_scores(queries, *shared, candidates, self.gallery_labels)
+                  for rule, (queries, candidates) in rule_spaces(embeddings, gallery).items()}
+        return ranked if len(embeddings) == 1 else {
+            "vote": vote_ranking(embeddings, *shared, gallery, self.gallery_labels), **ranked}
+
+    def rated(self, ranked) -> dict[str, dict]:
+        """{rule: {"R@K" ..., "mAP@R", "hits"}} out of what `ranked` returns."""
+        matched = (candidate_counts(self.labels, self.gallery_labels) > 0).sum().clamp(min=1)
+        return {rule: {
+            **{f"R@{k}": float(right.double().mean()) for k, right in zip(self.ks, hit[:, 1:].T)},
+            "mAP@R": float(precision.sum() / matched),
+            "hits": np.packbits(hit[:, 0].numpy()).tobytes().hex()}
+            for rule, (hit, precision) in ranked.items()}
+
+
+def with_member_mean(scores) -> dict[str, dict]:
+    """The scores; of an ensemble with the mean of its members' behind the vote."""
+    members = [row for rule, row in scores.items() if rule.startswith("member_")]
+    mean = {metric: float(np.mean([row[metric] for row in members])) for metric, score in
+            members[0].items() if isinstance(score, float)}
+    return scores if len(members) == 1 else {
+        "vote": scores["vote"], "member_mean": mean, **scores}
 
 
 def unpack(hits: str, count: int) -> np.ndarray:

@@ -12,9 +12,10 @@ N networks ("members") are attacked together, each trains on the images that it 
 vote. (Tramer et al., ICLR 2018, use the same name for something else.) Algorithm 1:
 
     l. 2     split D at random into D^1 ... D^N              common.split_by_image
-    l. 5, 6  member i's batch of D without D^i, its loss     main: `sees`, `clean`
+    l. 5     member i's batch of D without D^i               main: `sees`
+    l. 6     its loss                                        member_loss
     l. 7     x_adv: T steps against all members, Eq. (10)    attack
-    l. 8, 9  the adversarial loss, mixed with the clean one  main: beta L(x) + (1 - beta) L(x_adv)
+    l. 8, 9  the adversarial loss, mixed with the clean one  member_loss
     l. 10    a step of member i's own optimiser              main
     output   the label that most members' neighbours carry   common.vote_labels
 
@@ -39,14 +40,14 @@ def attack(members, proxies, images, labels, loss, eps, step_size, steps):
     image the positive of its own.
     """
     with frozen(*members):
-        with torch.no_grad():
-            clean = [member(images) for member in members]
-        if loss == "shift":
-            objective = shift_objective(members, clean)
-        elif loss == "label":
+        if loss == "label":
             objective = proxy_objective(members, labels, proxies)
         else:
-            objective = proxy_objective(members, torch.arange(len(images)).to(labels), clean)
+            with torch.no_grad():
+                clean = [member(images) for member in members]
+            itself = torch.arange(len(images), device=images.device)
+            objective = shift_objective(members, clean) if loss == "shift" else \
+                proxy_objective(members, itself, clean)
         return pgd(objective, images, eps, step_size, steps)
 
 
@@ -54,6 +55,13 @@ def proxy_objective(members, targets, proxies):
     """sum_i of member i's Proxy Anchor; one value a batch, because its images are coupled."""
     return lambda images: sum(proxy_anchor_loss(member(images), targets, points.detach())
                               for member, points in zip(members, proxies)).view(1)
+
+
+def member_loss(member, proxies, images, adversarial, labels, beta):
+    """beta L(F(x), y) + (1 - beta) L(F(x_adv), y) of one member -> (loss, {term: value})."""
+    clean = proxy_anchor_loss(member(images), labels, proxies)                            # l. 6
+    robust = proxy_anchor_loss(member(adversarial), labels, proxies)                      # l. 8
+    return beta * clean + (1 - beta) * robust, {"clean": clean, "adversarial": robust}    # l. 9
 
 
 # ---- command line
@@ -111,17 +119,16 @@ def main(args):
                                  args.attack_steps if eps else 0)                         # l. 7
             for i, (member, points, optimizer) in enumerate(zip(members, proxies, optimizers)):
                 sees = (part[rows] != i) if args.split else torch.ones(len(rows)).bool()
-                sees = sees.nonzero()[:, 0]                                               # l. 5
+                sees = sees.nonzero()[:, 0].to(run.device, non_blocking=True)             # l. 5
                 if len(sees) == 0:
                     continue                                    # the batch lies wholly in part i
-                clean = proxy_anchor_loss(member(images[sees]), y[sees], points)          # l. 6
-                robust = proxy_anchor_loss(member(adversarial[sees]), y[sees], points)    # l. 8
-                loss = args.beta * clean + (1 - args.beta) * robust                       # l. 9
+                loss, terms = member_loss(member, points, images[sees], adversarial[sees], y[sees],
+                                          args.beta)                                 # l. 6, 8, 9
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_value_([*member.parameters(), points], 10)
                 optimizer.step()                                                          # l. 10
-                run.note(clean=clean, adversarial=robust)
+                run.note(**terms)
     run.finish("clustering")
 
 

@@ -54,8 +54,9 @@ def evaluate_robustness(embed, images_or_loader, labels=None, *, protocol="clust
     pixel values. None: the protocol's own. restarts keep the highest objective per image.
     Returns scores in [0, 1] as they stand in results.json: clean["R@1"] and robust[0]["R@1"] are
     the headline rule's (the vote of an ensemble), "scores" has every rule's. objective "worst":
-    robust[0] is the worst of many attacks, whose records follow. Modes, gradients and random states
-    are afterwards as before. ValueError: images outside [0, 1], arguments that do not fit together.
+    robust[0] is the worst of many attacks; of clustering their records follow. Modes, gradients and
+    random states are afterwards as before. ValueError: images outside [0, 1], or arguments that do
+    not fit together.
     """
     attack = attack_of(protocol, attack, objective=objective, eps=eps, step_size=step_size,
                        steps=steps, restarts=restarts, seed=seed)
@@ -219,16 +220,18 @@ def attack_of(protocol, attack="pgd", *, objective=None, against="sum", eps=None
 def worst_parts(attack, count):
     """The attacks of `worst`, for `count` networks: every objective on the sum of the members; for
     several also the exact condition of a miss (impostor; for clustering: joint) on concat, mean,
-    the vote, each member and every majority short of all; for strong also Square on the margin."""
+    the vote, each member and every majority short of all; for strong also Square on the margin.
+    Label-free ones come first, then the strongest, because template attacks what is still right."""
     exact, last = ("joint", "joint") if attack.protocol == "clustering" else \
         ("impostor", "neighbour")
-    parts = [(objective, "sum") for objective in (
-        "shift", f"{exact}-pseudo", "push-mean", "target", "impostor", "soft-impostor", last)]
+    parts, against = [("shift", "sum"), (f"{exact}-pseudo", "sum"), ("impostor", "sum")], []
     if count > 1:
-        parts += [(exact, against) for against in ("concat", "mean", "vote")]
+        against = ["concat", "mean", "vote"]
         for size in {1, count // 2 + 1} - {count}:
-            parts += [(exact, f"member{'s' * (size > 1)}_{'+'.join(map(str, numbers))}")
-                      for numbers in itertools.combinations(range(1, count + 1), size)]
+            against += [f"member{'s' * (size > 1)}_{'+'.join(map(str, numbers))}"
+                        for numbers in itertools.combinations(range(1, count + 1), size)]
+    parts += [(exact, rule) for rule in against]
+    parts += [(name, "sum") for name in ("soft-impostor", "push-mean", "target", last)]
     parts = [attack._replace(objective=objective, against=against, restarts=1 if
                              objective.startswith("joint") else attack.restarts)
              for objective, against in parts]
@@ -341,11 +344,9 @@ def spaces_of(retrieval, attack):
 
 
 def aim(retrieval, attack, spaces=None):
-    """(value, objective_at, only): what the attack maximises. value(embeddings, rows) -> (B,), of
-    one (B, D) per network; objective_at(rows): the same as a function of images, without a pass of
-    networks that it does not read. only: bool (n,), the queries that are attacked; None: all."""
-    members, only = members_of(attack.against, len(retrieval.models)), None
-    vote = attack.against == "vote"         # won or lost by the exact condition of a miss
+    """(value, only): what the attack maximises, value(embeddings, rows) -> (B,), of one (B, D) per
+    network. only: bool (n,), the queries that are attacked; None: all."""
+    only, vote = None, attack.against == "vote"     # won or lost by the exact condition of a miss
     if attack.objective in ("neighbour", "self"):
         part = copy.copy(retrieval)
         part.clean = read(attack.against, retrieval.clean)
@@ -360,14 +361,7 @@ def aim(retrieval, attack, spaces=None):
             terms = [objective(e, rows, space) for e, space in zip(parts, spaces)]
             return sum(term.clamp(max=VOTE_MARGIN) if vote else term for term in terms)
 
-    def value(embeddings, rows):
-        return away(read(attack.against, embeddings), rows)
-
-    def objective_at(rows):
-        return lambda images: value([model(images) if i in members else None
-                                     for i, model in enumerate(retrieval.models)], rows)
-
-    return value, objective_at, only
+    return lambda embeddings, rows: away(read(attack.against, embeddings), rows), only
 
 
 def targets(retrieval, attack):
@@ -408,10 +402,10 @@ def halved(step_size, steps):
             for step in range(steps)]
 
 
-def ascend(objective, images, eps, step_size, steps):
+def ascend(objective, images, eps, step_size, steps, start=None):
     """PGD from a uniform start that keeps the best iterate of every image; its step is halved
     twice, and every stage begins at the best so far (strong-1)."""
-    best = pgd(None, images, eps, 0, 0)
+    best = pgd(None, images, eps, 0, 0, start=start)
     highest = torch.full((len(images),), -torch.inf, device=images.device)
 
     def watched(x):
@@ -429,28 +423,33 @@ def ascend(objective, images, eps, step_size, steps):
     return best
 
 
-def square(objective, images, eps, queries):
+def square(objective, images, eps, queries, streams):
     """Square Attack (Andriushchenko et al., ECCV 2020, Alg. 1 and 2), l_inf: random search without
     gradients. From vertical stripes of +-eps on, a square window of ever smaller side goes to
     +-eps, one sign a channel, and stays where the objective rises; sides as in the authors' code.
+    streams: a numpy generator for every image, whose result then depends on no other.
     """
-    def signs(*shape):
-        return 2.0 * torch.randint(2, shape, device=images.device) - 1
-
     count, channels, height, width = images.shape
+    stripes, draws = (
+        torch.from_numpy(np.stack([stream.random(size, "f") for stream in streams])).to(images)
+        for size in ((channels, 1, width), (queries, channels + 2)))
+
+    def signs(uniform, last):
+        return 2.0 * (uniform < 0.5).view(count, channels, 1, last) - 1
+
     x = torch.arange(width, device=images.device)
     y = torch.arange(height, device=images.device)[:, None]
     with torch.no_grad():
-        best = (images + eps * signs(count, channels, 1, width)).clamp(0, 1)
+        best = (images + eps * signs(stripes, width)).clamp(0, 1)
         value = objective(best)
         for query in range(queries):
             marks = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)      # of 10,000 queries
             area = 0.8 / 2 ** sum(10_000 * query >= mark * queries for mark in marks)
             side = max(1, min(round((area * height * width) ** 0.5), height, width))
-            top = torch.randint(height - side + 1, (count, 1, 1, 1), device=images.device)
-            left = torch.randint(width - side + 1, (count, 1, 1, 1), device=images.device)
+            top, left = ((draws[:, query, axis] * (length - side + 1)).long().view(count, 1, 1, 1)
+                         for axis, length in ((-2, height), (-1, width)))
             window = (y >= top) & (y < top + side) & (x >= left) & (x < left + side)
-            tried = (images + eps * signs(count, channels, 1, 1)).clamp(0, 1)
+            tried = (images + eps * signs(draws[:, query, :channels], 1)).clamp(0, 1)
             tried = torch.where(window, tried, best)
             risen = objective(tried)
             best = torch.where((risen > value).view(-1, 1, 1, 1), tried, best)
@@ -524,73 +523,81 @@ def joint(retrieval, attack, watch=None):
     spaces, now = spaces_of(retrieval, attack), {}   # now: images on the CPU, because together they
     sizes = halved(attack.step, attack.steps) if attack.attack == "strong-1" else \
         [attack.step] * attack.steps                 # may be larger than a GPU
+    value, reads = None, members_of(attack.against, len(retrieval.models))
     for size in [0, *sizes]:                         # the first turn is the uniform start
-        def craft(_, images, rows):
+        def craft(objective, images, rows, _):
             batch, first = int(rows[0]), int(rows[0]) not in now
             start = images + attack.eps * torch.empty_like(images).uniform_(-1, 1) if first else \
                 now[batch].to(images)
-            x = pgd(None if first else objective_at(rows), images, attack.eps, size, int(not first),
-                    start=start)
+            x = pgd(objective, images, attack.eps, size, int(not first), start=start)
             now[batch] = x.cpu()
             if watch:
                 watch(x, rows)
             return x
 
-        embeddings = retrieval.attacked(attack, None, craft=craft)
+        embeddings = retrieval.attacked(attack, value, reads=reads, craft=craft)
         present = [Space(e, space.labels)
                    for e, space in zip(read(attack.against, embeddings), spaces)]
-        _, objective_at, _ = aim(retrieval, attack, present)
+        value, _ = aim(retrieval, attack, present)
     return embeddings
 
 
-def attacked(retrieval, attack, craft=None, watch=None):
+def attacked(retrieval, attack, craft=None, watch=None, left=None):
     """(embeddings of the attacked queries, of the candidates that they meet), as Retrieval.score
-    takes them. craft(objective, images, rows) -> images: how to attack, if otherwise than
-    attack.attack says. watch(images, rows) sees every result."""
+    takes them. craft(objective, images, rows, start) -> images: how to attack, if otherwise than
+    attack.attack says. watch(images, rows) sees every result. left: bool (n,), template: the
+    queries to attack (None: all)."""
     if retrieval.gallery is not None and attack.protocol == "clustering" and (
             attack.objective, attack.against) != ("shift", "sum"):
         raise UserError(f"{attack}: with a gallery of its own, clustering moves that too, and away "
                         f"from itself alone: use shift, or --protocol template")
     if attack.objective.startswith("joint"):
         return joint(retrieval, attack, watch), None
-    value, objective_at, only = aim(retrieval, attack)
+    value, only = aim(retrieval, attack)
+    only = left if only is None else only if left is None else only & left
     eps, step, steps, how = attack.eps, attack.step, attack.steps, attack.attack
     spaces = spaces_of(retrieval, attack._replace(objective="impostor", against="sum")) \
         if how == "cw" else []
 
-    def crafted(objective, images, rows):
-        objective = objective if attack.against == "sum" else objective_at(rows)
+    def crafted(objective, images, rows, start):
         if how == "strong-1":
-            return ascend(objective, images, eps, step, steps)
+            return ascend(objective, images, eps, step, steps, start)
         if how == "square":
-            return square(objective, images, eps, steps)
+            return square(objective, images, eps, steps, [common.random_stream(
+                attack.seed, 0, common.EVALUATE, 1 + row) for row in rows.tolist()])
         if how == "cw":
-            return carlini_wagner(lambda x, i: objective_at(rows[i.cpu()])(x), lambda x, i: missed(
-                spaces, [model(x) for model in retrieval.models], rows[i.cpu()]),
-                images, eps, step, steps)
+            def embed(x):
+                return [model(x) for model in retrieval.models]
+
+            return carlini_wagner(lambda x, i: value(embed(x), rows[i.cpu()]), lambda x, i: missed(
+                spaces, embed(x), rows[i.cpu()]), images, eps, step, steps)
         # FGSM begins at the image, unless the gradient of its objective is zero there
         anywhere = how == "pgd" or attack.objective in ("shift", "self")
-        return pgd(objective, images, eps, step, steps, anywhere)
+        return pgd(objective, images, eps, step, steps, anywhere, start if anywhere else None)
 
-    def watched(objective, images, rows):
-        x = craft(objective, images, rows)
-        watch(x if only is None else torch.where(only[rows].view(-1, 1, 1, 1), x, images), rows)
+    def watched(*arguments):
+        x = craft(*arguments)
+        watch(x, arguments[2])
         return x
 
     craft = craft or crafted
-    embeddings = retrieval.attacked(attack, value, only=only, craft=watched if watch else craft)
+    embeddings = retrieval.attacked(
+        attack, value, reads=members_of(attack.against, len(retrieval.models)), only=only,
+        craft=watched if watch else craft)
     return embeddings, retrieval.gallery_met(attack, craft)
 
 
 def measured(retrieval, attack, limited=False, find=lambda attack: None,
              done=lambda attack, record: None):
-    """[record] of an attack, scored by every inference rule; of `worst` the derived record, then
-    those of its parts. find(attack): a record that is there already, or None. done(attack, record):
-    told of every new record as soon as it is finished."""
+    """[record] of an attack, scored by every inference rule; of clustering's `worst` the derived
+    record, then those of its parts. find(attack): a record that is there already, or None.
+    done(attack, record): told of every new record as soon as it is finished."""
     started, record, parts = time.perf_counter(), find(attack), []
     if record is not None:
         return [record]
-    if attack.objective == "worst":
+    if attack.objective == "worst" and attack.protocol == "template":
+        scores = survivors(retrieval, attack)
+    elif attack.objective == "worst":
         parts = [measured(retrieval, part, limited, find, done)[0]
                  for part in worst_parts(attack, len(retrieval.models))]
         scores = worst_case(parts)
@@ -612,6 +619,39 @@ def measured(retrieval, attack, limited=False, find=lambda attack: None,
     return [record, *parts]
 
 
+def survivors(retrieval, attack):
+    """{rule: {"R@1" ..., "mAP@R", "R@1_label_free", "hits", "parts"}}: what survives every part of
+    the template protocol's `worst`, at a fraction of the time of all parts on all queries.
+
+    The first part attacks every query, the others those that some rule still has right, until none
+    is left: Recall@1 is that of worst_case. Other scores are those of every query after the attack
+    that first made it wrong, or else the last one. parts: {attack in words: {"attacked": how many
+    queries, "R@1": the share that is right after it}}.
+    """
+    left, merged, extra = torch.ones(len(retrieval.labels), dtype=torch.bool), {}, {}
+    for part in worst_parts(attack, len(retrieval.models)):
+        if not left.any():
+            break
+        ranked = retrieval.ranked(*attacked(retrieval, part, left=left.to(retrieval.labels.device)))
+        for rule, now in ranked.items():
+            before = merged.get(rule, now)
+            tried = left & before[0][:, 0]
+            hits = now[0].where(tried[:, None], before[0])
+            merged[rule] = hits, now[1].where(tried.to(now[1].device), before[1])
+            row, share = extra.setdefault(rule, {"parts": {}}), float(hits[:, 0].double().mean())
+            row["parts"][named(part._asdict())] = {"attacked": int(left.sum()), "R@1": share}
+            row |= {"R@1_label_free": share} if part.objective in LABEL_FREE else {}
+        left = torch.stack([hits[:, 0] for hits, _ in merged.values()]).any(0)
+    scores = retrieval.rated(merged)
+    return common.with_member_mean({rule: scores[rule] | row for rule, row in extra.items()})
+
+
+def named(record):
+    """A part of `worst` in words."""
+    return record["objective"] + f" against {record['against']}" * (record["against"] != "sum") \
+        + " (Square)" * (record["attack"] == "square")
+
+
 def worst_case(records):
     """{rule: {"R@1", "R@1_label_free", "hits", "parts"}}: what the worst of some attacks leaves.
 
@@ -623,8 +663,7 @@ def worst_case(records):
     if len({(own["protocol"], own.get("eps"), own["n_queries"]) for own in records}) != 1:
         raise ValueError("worst_case compares attacks of one protocol and eps on the same images")
     free = [record for record in records if record["objective"] in LABEL_FREE]
-    words = [record["objective"] + f" against {record['against']}" * (record["against"] != "sum")
-             + " (Square)" * (record["attack"] == "square") for record in records]
+    words = [named(record) for record in records]
 
     def left(rule, records):
         right = np.stack([common.unpack(record["scores"][rule]["hits"], record["n_queries"])
@@ -698,7 +737,7 @@ def ers_figures(retrieval, attack):
 
     def moved(value, start=False, steps=attack.steps, first=None):
         """The attacked embeddings; first: what the first step maximises, where it is not value."""
-        def craft(_, images, rows):
+        def craft(_, images, rows, __):
             def of(value):
                 return lambda x: value([model(x) for model in retrieval.models],
                                        rows.to(labels.device))
@@ -883,36 +922,38 @@ def checks(retrieval, attack, models, others=()):
     yield from cheap_checks(retrieval, models)
     eps, count, excess, blind = attack.eps, len(retrieval.labels), [0.0], []
     seen = attack._replace(against="sum") if attack.against == "vote" else attack
-    _, gradients_at, only = aim(retrieval, seen)              # members already won are not masked
+    value, only = aim(retrieval, seen)                        # members already won are not masked
 
-    def watched(objective, images, rows):                     # the attack itself
-        start = pgd(None, images, eps, 0, 0).requires_grad_()
+    def watched(objective, images, rows, start):              # the attack itself
+        start = pgd(None, images, eps, 0, 0, start=start).requires_grad_()
         with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(gradients_at(rows)(start).sum(), start)
+            moved = value([model(start) for model in retrieval.models], rows)
+            (gradient,) = torch.autograd.grad(moved.sum(), start)
         flat = ~gradient.flatten(1).any(1)
         blind.append(flat if only is None else flat[only[rows]])
         return pgd(objective, images, eps, attack.step, attack.steps, start=start)
 
-    def rounded(objective, images, rows):                     # to the 8-bit points of the ball
-        x = pgd(objective, images, eps, attack.step, attack.steps)
+    def rounded(objective, images, rows, start):              # to the 8-bit points of the ball
+        x = pgd(objective, images, eps, attack.step, attack.steps, start=start)
         low, high = (255 * (images - eps) - 1e-3).ceil(), (255 * (images + eps) + 1e-3).floor()
         x = (255 * x).round().clamp(low, high).clamp(0, 255) / 255
         excess.extend([float((x - images).abs().max()) - eps, float((x - 0.5).abs().max()) - 0.5])
         return x
 
-    def signs(objective, images, rows):
+    def signs(objective, images, rows, _):
         return (images + eps * (2 * torch.randint_like(images, 2) - 1)).clamp(0, 1)
 
-    def transferred(objective, images, rows):                 # made on other networks
+    def transferred(objective, images, rows, start):          # made on other networks
         with common.frozen(*others):
-            return pgd(foreign_at(rows), images, eps, attack.step, attack.steps)
+            return pgd(lambda x: foreign([model(x) for model in source.models], rows), images, eps,
+                       attack.step, attack.steps, start=start)
 
     if others:
         with common.frozen(*others):
             source = common.Retrieval(
                 [unit(model) for model in others], retrieval.batches, retrieval.labels,
                 gallery_batches=retrieval.gallery_batches, gallery_labels=retrieval.gallery_labels)
-            _, foreign_at, _ = aim(source, attack._replace(against="sum"))
+            foreign, _ = aim(source, attack._replace(against="sum"))
     recall, eight_bit = (recall_under(retrieval, attack, craft) for craft in (watched, rounded))
     noise = recall_under(retrieval, attack._replace(restarts=NOISE_DRAWS), signs)
     share, equal = float(torch.cat(blind).double().mean()), tolerance(recall, count)
@@ -1231,6 +1272,7 @@ def save_embeddings(path, retrieval, attack, test, root):
                 for name in dataset.paths]
 
     moved, met = attacked(retrieval, attack, watch=watch)
+    images |= {row: test[row][0] for row, image in images.items() if image is None}
     embeddings = {"clean": retrieval.clean, "attacked": moved, "gallery": retrieval.gallery,
                   "gallery_attacked": met if attack.protocol == "clustering" else None}
     arrays = {"labels": test.labels, "paths": names(test), "classes": test.classes, "rows": rows,

@@ -194,9 +194,9 @@ def main(args):
         ball = (*run.ball(epoch), args.attack_steps)
         goal = args.destination if ball[0] else args.source   # no radius yet: plain triplets
         batches = pair_batches(run.train.labels, args.batch_size, args.seed, epoch)
-        for images, labels, _ in run.batches(batches):
-            loss, terms, previous = hm_loss(model, images, labels, args.source, goal, previous,
-                                            ball, args.ics)
+        for images, _, rows in run.batches(batches):
+            loss, terms, previous = hm_loss(model, images, run.train.labels[rows], args.source,
+                                            goal, previous, ball, args.ics)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -90,7 +90,8 @@ def who_moves(a, p, n, loss, perturb):
     possible = {"anchor": torch.ones_like(positive), "positive": positive, "negative": ~positive}
     moved, partner = (0, second) if perturb == "anchor" else (1, first)
     terms = [(torch.cat([one, -one]), partner)]
-    return [first, second], positive.to(a.device), moved, terms, possible[perturb]
+    same = positive.to(a.device, non_blocking=True)
+    return [first, second], same, moved, terms, possible[perturb]
 
 
 def robust_loss(model, images, labels, gamma, ball, *, loss="contrastive", perturb="positive",
@@ -112,7 +113,8 @@ def robust_loss(model, images, labels, gamma, ball, *, loss="contrastive", pertu
         targets, terms = a, [(torch.ones_like(a), a)]
         possible = torch.ones(len(a), dtype=torch.bool)
 
-    attacked = (gamma(len(possible)) & possible).nonzero()[:, 0].to(images.device)  # 2
+    attacked = (gamma(len(possible)) & possible).nonzero()[:, 0]                    # 2
+    attacked = attacked.to(images.device, non_blocking=True)
     added = torch.arange(len(images), len(images) + len(attacked), device=images.device)
     if len(attacked):
         fixed = [(sign[attacked], clean[rows[attacked]]) for sign, rows in terms]
@@ -199,7 +201,8 @@ def main(args):
         rate = args.attack_rate if ball[0] else 0
         coins = common.random_stream(args.seed, epoch, common.TRAIN, 1)
         batches = epoch_batches(args, run.train.labels, epoch)
-        for images, labels, _ in run.batches(batches, scale=CROP_SCALE):
+        for images, _, rows in run.batches(batches, scale=CROP_SCALE):
+            labels = run.train.labels[rows]      # mining reads them: on the CPU it never waits
             loss, terms = robust_loss(
                 model, images, labels, lambda count: torch.from_numpy(coins.random(count) < rate),
                 ball, loss=args.loss, perturb=args.perturb, reg_weight=args.reg_weight)

@@ -30,7 +30,8 @@ import hardness_manipulation
 import panum_at
 
 SCRIPTS = {"eat": eat, "panum": panum_at, "hm": hardness_manipulation}      # else: baselines.py
-DEFENSES = ("eat", "at", "panum", "hm", *(name for name in baselines.METHODS if name != "at"))
+DEFENSES = ("eat", "at", "panum", "hm", *(name for name in baselines.METHODS
+                                          if name not in ("at", "fare")))   # it needs a teacher
 PAIRS = ("hm", *baselines.TRIPLET)                                          # see pairs of a class
 LABELS = torch.arange(6000) // 100                                          # 60 classes
 
@@ -51,18 +52,16 @@ def batches_of(defense, args, labels):
 
 
 def losses_of(defense, args, networks, proxies, images, labels, part, field):
-    """Every network's loss, by the calls of `main`; field: eat.py attacks for every network."""
+    """Every network's loss, by the method's own functions; field: eat.py attacks for each."""
     network, ball = networks[0], (args.eps, args.step_size, args.attack_steps)
     if defense == "eat":
         flags = args.attack_loss, *ball
         moved = None if field else eat.attack(networks, proxies, images, labels, *flags)
         for i, (network, points) in enumerate(zip(networks, proxies)):
-            sees = (part != i).nonzero()[:, 0]
+            sees = (part != i).nonzero()[:, 0].to(images.device, non_blocking=True)
             x, y = images[sees], labels[sees]
             adversarial = eat.attack(networks, proxies, x, y, *flags) if field else moved[sees]
-            clean = common.proxy_anchor_loss(network(x), y, points)
-            robust = common.proxy_anchor_loss(network(adversarial), y, points)
-            yield args.beta * clean + (1 - args.beta) * robust
+            yield eat.member_loss(network, points, x, adversarial, y, args.beta)[0]
     elif defense == "panum":
         coins = common.random_stream(args.seed, 0, common.TRAIN, 1)         # every step the same
         yield panum_at.robust_loss(
@@ -72,7 +71,7 @@ def losses_of(defense, args, networks, proxies, images, labels, part, field):
     elif defense == "hm":
         yield hardness_manipulation.hm_loss(
             network, images, labels, args.source, args.destination,
-            torch.tensor(hardness_manipulation.MARGIN).to(images), ball, args.ics)[0]
+            torch.full((), hardness_manipulation.MARGIN, device=images.device), ball, args.ics)[0]
     else:
         flags = {name: getattr(args, name) for name in baselines.OPTIONS.get(defense, ())}
         yield baselines.METHODS[defense](network, images, labels, proxies[0], ball, **flags)[0]
@@ -96,8 +95,9 @@ def start(defense, args, labels, device, field=False):
         network.amp = args.amp and not field
         network.to(memory_format=torch.contiguous_format if field else torch.channels_last)
 
-    def step(images, labels, rows):
-        losses = losses_of(defense, args, networks, proxies, images, labels, part[rows], field)
+    def step(images, y, rows):
+        y = labels[rows] if triplets else y              # mining reads them on the CPU
+        losses = losses_of(defense, args, networks, proxies, images, y, part[rows], field)
         for loss, network, points, optimizer in zip(losses, networks, proxies, optimizers):
             optimizer.zero_grad()
             loss.backward()
@@ -119,15 +119,10 @@ def repeat(passes, pool, *kinds):
                 torch.autograd.grad(value, x if kind == "input" else list(network.parameters()))
 
 
-def field_pgd(objective, images, eps, step_size, steps, random_start=True, start=None):
-    """common.pgd with `loss.backward()`: the parameters get gradients that nobody wants."""
-    noise = torch.empty_like(images).uniform_(-eps, eps) if random_start else 0
-    x = (images + noise if start is None else start).clamp(0, 1)
-    for _ in range(steps):
-        x = x.detach().requires_grad_()
-        objective(x).sum().backward()
-        x = (images + (x + step_size * x.grad.sign() - images).clamp(-eps, eps)).clamp(0, 1)
-    return x.detach()
+def field_gradient(value, x):
+    """In place of torch.autograd.grad in pgd: the parameters get gradients that nobody wants."""
+    value.backward()
+    return (x.grad,)
 
 
 @contextlib.contextmanager
@@ -156,8 +151,8 @@ def measure(defense, args, device, rounds):
         repeat(passes, pool, "full")
 
     def field():
-        script = SCRIPTS.get(defense, baselines)
-        with patch.object(script, "pgd", field_pgd), patch.object(script, "frozen", field_frozen):
+        with (patch.object(torch.autograd, "grad", field_gradient),
+              patch.object(SCRIPTS.get(defense, baselines), "frozen", field_frozen)):
             field_step(*field_batch)
 
     hooks = [network.register_forward_pre_hook(note) for network in networks]

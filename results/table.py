@@ -40,6 +40,7 @@ SHOWN = ("mAP@R", "NMI", "AMI", "F1", "R@1", "R@8", "R@10", "R@1_label_free", "e
 INTERVAL = ("R@1_low", "R@1_high")
 METRICS = (*SHOWN, "R@2", "R@4", "R@20", "R@100", "R@1000", "all_fail", *INTERVAL)
 MOVABLE = ("seed", *common.MOVABLE)                          # not of a configuration
+FILES = ("data_root", "weights", "out", "teacher")           # stored by their last name
 
 
 # ---- scores
@@ -156,8 +157,8 @@ def rows_of(report, rules=None, metrics=()):
     met = {}                          # {(flags, row, attack): {seed: {its: (clean, attacked)}}}
     for outcome in report:
         clean, records = outcome["clean"], outcome["records"]
-        key = json.dumps({name: value for name, value in outcome["flags"].items()
-                          if name not in MOVABLE})
+        key = json.dumps({name: configuration_of(value) if name == "teacher" and value else value
+                          for name, value in outcome["flags"].items() if name not in MOVABLE})
         labels = labels_of(outcome) if {*INTERVAL} & {*metrics} else None
         single, name = "vote" not in clean["scores"], configuration_of(outcome["run"])
         for record in with_eps50(records, clean) if "eps50_255" in metrics else records:
@@ -211,7 +212,7 @@ def table_content(report, command, rules=None, metrics=None, beside=None):
     flags = {}
     for outcome in report:
         flags.setdefault(configuration_of(outcome["run"]), {
-            name: Path(value).name if name in ("data_root", "weights", "out") and value else value
+            name: Path(value).name if name in FILES and value else value
             for name, value in outcome["flags"].items()})
     source = common.provenance(torch.device("cpu"))
     return {"command": command,

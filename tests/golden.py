@@ -22,35 +22,29 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
-OLD = not hasattr(common, "Run")                    # before the redesign: other flags, same numbers
 RUNS = {
-    "natural": ("baselines", "--method natural", None), "at": ("baselines", "--method at", None),
-    "mixup": ("baselines", "--method mixup", None),
-    "mixup-embedding": ("baselines", "--method mixup --mixup-target embedding", None),
-    "iat": ("baselines", "--method iat", None), "trades": ("baselines", "--method trades", None),
-    "at-x3": ("baselines", "--method at --members 3", "--method ensemble --members 3"),
-    "at-x3-split": ("baselines", "--method at --members 3 --split",
-                    "--method ensemble --members 3 --split"),
-    "natural-x2": ("baselines", "--method natural --members 2",
-                   "--method ensemble --members 2 --members-method natural"),
-    "est": ("baselines", "--method est", None), "act": ("baselines", "--method act", None),
-    "eat": ("eat", "", None), "eat-nosplit": ("eat", "--no-split", None),
-    "eat-label": ("eat", "--attack-loss label", "--attack-loss pal-label"),
-    "eat-batch": ("eat", "--attack-loss batch", "--attack-loss pal-batch"),
-    "panum": ("panum_at", "--images-per-class 4", None),
-    "panum-triplet": ("panum_at", "--loss triplet --images-per-class 4", None),
-    "panum-anchor": ("panum_at", "--perturb anchor --images-per-class 4", None),
-    "panum-negative": ("panum_at", "--loss triplet --perturb negative --images-per-class 4", None),
-    "panum-regularised": ("panum_at", "--reg-weight 0.5 --images-per-class 4 --attack-rate 1",
-                          "--formulation 3 --reg-weight 0.5 --images-per-class 4 --attack-rate 1"),
-    "hm": ("hardness_manipulation", "", None), "hm-ics": ("hardness_manipulation", "--ics", None),
-    "hm-semihard": ("hardness_manipulation", "--source random --destination semihard", None),
-    "hm-constant": ("hardness_manipulation", "--destination -0.05",
-                    "--destination constant --destination-hardness -0.05"),
-    "hm-g-b": ("hardness_manipulation", "--destination g-b", None),
-    "hm-plain": ("hardness_manipulation", "--destination softhard", None),
+    "natural": "baselines --method natural", "at": "baselines --method at",
+    "mixup": "baselines --method mixup",
+    "mixup-embedding": "baselines --method mixup --mixup-target embedding",
+    "iat": "baselines --method iat", "trades": "baselines --method trades",
+    "fast": "baselines --method fast", "at-x3": "baselines --method at --members 3",
+    "at-x3-split": "baselines --method at --members 3 --split",
+    "natural-x2": "baselines --method natural --members 2",
+    "fare": "baselines --method fare --teacher {natural}",
+    "est": "baselines --method est", "act": "baselines --method act",
+    "eat": "eat", "eat-nosplit": "eat --no-split", "eat-label": "eat --attack-loss label",
+    "eat-batch": "eat --attack-loss batch", "panum": "panum_at --images-per-class 4",
+    "panum-triplet": "panum_at --loss triplet --images-per-class 4",
+    "panum-anchor": "panum_at --perturb anchor --images-per-class 4",
+    "panum-negative": "panum_at --loss triplet --perturb negative --images-per-class 4",
+    "panum-regularised": "panum_at --reg-weight 0.5 --images-per-class 4 --attack-rate 1",
+    "hm": "hardness_manipulation", "hm-ics": "hardness_manipulation --ics",
+    "hm-semihard": "hardness_manipulation --source random --destination semihard",
+    "hm-constant": "hardness_manipulation --destination -0.05",
+    "hm-g-b": "hardness_manipulation --destination g-b",
+    "hm-plain": "hardness_manipulation --destination softhard",
 }
-TINY = ("--dataset folder --arch convnet --weights none --image-size 32 --embedding-dim 8 --epochs "
+TINY = ("--dataset folder --arch convnet --image-size 32 --embedding-dim 8 --epochs "
         "2 --batch-size 12 --lr 0.001 --eps 8/255 --step-size 4/255 --attack-steps 2 --workers 0 "
         "--device cpu")
 STRENGTH = "--eps 8/255 --step-size 2/255 --attack-steps 4"
@@ -66,8 +60,6 @@ ATTACKS = [f"--objective shift {STRENGTH}", f"--protocol template {STRENGTH}",
 SEVERAL = [f"--protocol template --objective impostor --against {what} {STRENGTH}"
            for what in ("concat", "mean", "vote", "member_2")] + [
                f"--objective joint --against vote {STRENGTH}"]
-METRICS = ("R@1", "R@2", "R@4", "R@8", "mAP@R", "NMI", "AMI", "F1")
-ERS = ("CA+", "CA-", "QA+", "QA-", "TMA", "ES:D", "ES:R", "LTM", "GTM", "GTT", "ERS")
 
 
 def pictures(root):
@@ -85,16 +77,9 @@ def pictures(root):
 
 def scores_of(record):
     """{"rule metric": score} of one record, and Recall@1 under its parts."""
-    by_rule = record.get("scores") or {record["rule"]: record}
-    if record["protocol"] == "ers":
-        by_rule = {"distance": [*by_rule.values()][0]}
-    worst = record["objective"] == "worst"
-    found = {f"{rule} {name}": score[name] for rule, score in by_rule.items()
-             for name in (() if worst else (*METRICS, *ERS)) if score.get(name) is not None}
-    for rule, score in by_rule.items():
-        for part, recall in (score.get("parts") or {}).items():
-            found[f"{rule} {part}"] = recall
-    return found
+    return {f"{rule} {name}": value for rule, score in record["scores"].items()
+            for name, value in {**score, **(score.get("parts") or {})}.items()
+            if isinstance(value, (float, int))}
 
 
 def main(path, attack_too=True):
@@ -104,11 +89,10 @@ def main(path, attack_too=True):
         folder = Path(folder)
         (folder / "pictures").mkdir()
         pictures(folder / "pictures")
-        for name, (script, flags, old) in RUNS.items():
+        for name, command in RUNS.items():
+            script, *flags = command.format(natural=folder / "natural").split()
             module, out = importlib.import_module(script), folder / name
-            flags = f"{TINY} {old if OLD and old else flags}"
-            flags += " --pool avgmax --plain-epochs 0 --eval-steps 1" if OLD else ""
-            module.main(module.parse_args([*flags.split(), "--data-root",
+            module.main(module.parse_args([*TINY.split(), *flags, "--data-root",
                                            str(folder / "pictures"), "--out", str(out)]))
             for i, network in enumerate(common.load_model(out)):
                 for key, value in network.state_dict().items():

@@ -20,11 +20,11 @@ from test_eat import (
     state_of,
     trained_by_hand,
 )
-from test_scripts import run, saved
+from test_scripts import contents, log, run, same_bits, saved, teacher
 
 import baselines
 import common
-from baselines import act, at, est, iat, mixed_loss, mixup, shift_attack, trades
+from baselines import act, at, est, fare, fast, iat, mixed_loss, mixup, shift_attack, trades
 
 BALL = EPS, STEP, 5
 ORDER = torch.tensor([1, 2, 0, 4, 5, 3])                           # not its own inverse
@@ -217,6 +217,35 @@ def test_trades_adds_the_mean_squared_distance_with_a_gradient_through_both_embe
         assert_same(loss, clean + weight * distance, [*model.parameters(), proxies])
 
 
+# ---- fast, fare
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("method", [fast, fare])
+def test_a_step_of_fast_and_fare_and_their_losses_are_those_worked_out_by_hand(method, live, batch):
+    model, images, labels, proxies = batch
+    fixed, goal = UnitNetwork(7).train(), UnitNetwork(7)(images).detach()    # in evaluation mode
+    before, more, step = state_of(fixed), [fixed] * (method is fare), EPS * (
+        1.25 if method is fast else 0.25)
+
+    def by_hand(x):
+        if method is fast:
+            return common.proxy_anchor_loss(model(x), labels, proxies)
+        return sum((row - other) @ (row - other) for row, other in zip(model(x), goal)) / 6
+
+    _, (start,) = watched_loss(method, *batch, (EPS, step, 0), *more)
+    assert (start - images).abs().mean() / EPS == pytest.approx(0.5, abs=0.05)
+    x = start.clone().requires_grad_()                             # in evaluation mode, too
+    (slope,) = torch.autograd.grad(by_hand(x), x)
+    expected = (start + step * slope.sign()).minimum(images + EPS).maximum(images - EPS)
+    loss, (moved,) = watched_loss(method, model.train(live), *batch[1:], (EPS, step, 1), *more)
+    assert torch.allclose(moved, expected, atol=1e-12) and (slope != 0).all()
+    inside = (moved - images).abs() < EPS - 1e-9
+    assert inside.double().mean() == pytest.approx(1 - step / EPS / 2, abs=0.05)
+    assert_same(loss, by_hand(expected), [*model.parameters(), *[proxies] * (method is fast)])
+    method(model, *batch[1:], BALL, *more)[0].backward()           # and no clean term
+    assert state_of(fixed) == before                               # no gradient reached it
+
+
 # ---- est, act
 
 def triplets_by_hand(anchors, positives, negatives):
@@ -279,7 +308,7 @@ def test_a_batch_of_one_class_has_loss_zero_with_a_graph(method):
                                                                       attack_loss="label")),
     ("mixup", "--mixup-target embedding", dict(mixup_target="embedding")),
     ("iat", "", dict(mixup_target="label")), ("trades", "--trades-lambda 1",
-                                              dict(trades_lambda=1)),
+                                              dict(trades_lambda=1)), ("fast", "", {}),
     ("est", "--source hardest", dict(source="hardest")), ("act", "", dict(source="random"))])
 def test_a_step_gets_the_flags_of_its_method_and_the_ball_of_its_epoch(method, words, options,
                                                                        tmp_path, monkeypatch):
@@ -298,6 +327,18 @@ def test_a_step_gets_the_flags_of_its_method_and_the_ball_of_its_epoch(method, w
         assert images.shape == (6, 3, 32, 32) and (points is None) == (method in ("est", "act"))
         if points is None:                       # a batch of pairs
             assert torch.equal(labels[::2], labels[1::2])
+
+
+def test_fare_starts_at_its_teachers_and_every_network_has_its_own(tmp_path):
+    before, start = contents(teacher()), [dict(state) for state in saved(teacher())["members"]]
+    still, moved = (run("fare-x2", tmp_path / eps, f"--epochs 1 --eps {eps} --weight-decay 0")
+                    for eps in ("0", "0.1"))
+    assert log(still)[0]["distance"] == 0 < log(moved)[0]["distance"]
+    assert same_bits([dict(state) for state in saved(still)["members"]], start)
+    for old, new in zip(start, saved(moved)["members"]):
+        same = {name for name in old if torch.equal(old[name], new[name])}
+        assert same == {name for name in old if "running" in name or "tracked" in name}
+    assert contents(teacher()) == before
 
 
 @pytest.mark.parametrize("split", [True, False])

@@ -132,8 +132,9 @@ def test_what_the_attack_has_won_already_is_not_masked(more):
     assert verdicts(models, "zero gradients", images=images, **more) == [True]
     retrieval = retrieval_of(models, images, LABELS)
     x = images.clone().requires_grad_()
-    objective = aim(retrieval, attack_of(**{**TEMPLATE, **more}))[1](torch.arange(60))
-    (gradient,) = torch.autograd.grad(objective(x).sum(), x)
+    value, _ = aim(retrieval, attack_of(**{**TEMPLATE, **more}))
+    moved = value([model(x) for model in models], torch.arange(60))
+    (gradient,) = torch.autograd.grad(moved.sum(), x)
     assert not gradient.flatten(1).any(1).all()  # the objective itself is flat at some of them
 
 

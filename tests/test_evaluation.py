@@ -108,7 +108,8 @@ def scores_of(retrieval, *arguments, **options):
 
 def attacked_images(retrieval, attack):
     """The images (n, 3, H, W) that an attack makes."""
-    made = {}
+    made = {row: image for images, _, rows in retrieval.batches()      # who is not attacked stays
+            for row, image in zip(rows.tolist(), images)}
     attacked(retrieval, attack, watch=lambda x, rows: made.update(zip(rows.tolist(), x.clone())))
     return torch.stack([made[row] for row in range(len(made))])
 

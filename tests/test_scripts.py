@@ -49,6 +49,8 @@ CASES = {                                        # by the name of the run, which
     "mixup": Case(baselines, "--method mixup", ("mixed",)),
     "iat": Case(baselines, "--method iat", ("mixed", "mixed_adversarial")),
     "trades": Case(baselines, "--method trades", ("clean", "shift")),
+    "fast": Case(baselines, "--method fast", ("adversarial",)),
+    "fare-x2": Case(baselines, "--method fare --members 2 --teacher", ("distance",), members=2),
     "est": Case(baselines, "--method est", ("adversarial",), BOTH, triplets=True),
     "act": Case(baselines, "--method act", ("adversarial",), BOTH, triplets=True),
     "panum": Case(panum_at, "", ("loss", "clean", "attacked"), ("template",), triplets=True),
@@ -81,12 +83,21 @@ def pictures():
     return root
 
 
+@functools.cache
+def teacher():
+    """A run of two networks for --teacher."""
+    root = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, root)
+    return run("natural", root / "teacher", "--epochs 2 --members 2")
+
+
 def flags(out, name="eat-x2", more="", data=None):
     """The flags of a tiny run; argparse takes the last value of a flag given twice."""
+    own = CASES[name].flags.split() + ([str(teacher())] if name.startswith("fare") else [])
     return ["--dataset", "folder", "--data-root", str(data or pictures()), "--out", str(out),
             *("--arch convnet --image-size 32 --embedding-dim 8 --epochs 4 --batch-size 6 --lr "
               "0.001 --attack-steps 1 --workers 0 --device cpu").split(),
-            *CASES[name].flags.split(), *more.split()]
+            *own, *more.split()]
 
 
 def run(name, out, more="", data=None):
@@ -302,9 +313,9 @@ def test_last_pt_has_the_documented_keys_and_loads_as_networks(name, whole):
         "test": [["class3", 8], ["class4", 8], ["class5", 8]]}
     assert len(checkpoint["members"]) == len(checkpoint["optimizers"]) == case.members
     assert [tuple(p.shape) for p in checkpoint["proxies"]] == \
-        ([] if case.triplets else [(3, 8)] * case.members)
-    assert checkpoint["state"].keys() - {"previous"} == {"log"}
-    assert ("previous" in checkpoint["state"]) == name.startswith("hm")
+        ([] if case.triplets or name.startswith("fare") else [(3, 8)] * case.members)
+    more = {"hm": ["previous"], "fare": ["teacher"]}.get(name.split("-")[0], [])
+    assert checkpoint["state"].keys() == {"log", *more}
     members = common.load_model(whole(name))
     assert len(members) == case.members and not any(member.training for member in members)
     assert members[0](torch.rand(2, 3, 32, 32)).norm(dim=1).tolist() == pytest.approx([1, 1])
@@ -628,8 +639,8 @@ def test_a_part_of_the_data_is_held_out_or_reported_on(name, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, radii", [
-    ("eat-x2", 2), ("at", 2), ("iat", 2), ("trades", 1), ("est", 1), ("act", 1), ("panum", 2),
-    (HM, 1)])
+    ("eat-x2", 2), ("at", 2), ("iat", 2), ("trades", 1), ("fast", 1), ("fare-x2", 2), ("est", 1),
+    ("act", 1), ("panum", 2), (HM, 1)])
 def test_an_attack_that_cannot_cross_the_ball_is_said_in_one_line(name, radii, tmp_path, capsys):
     for step, enough in ((8 * radii / 2, True), (8 * radii / 2 - 0.5, False)):
         run(name, tmp_path / str(enough), "--epochs 1 --eps 8/255 --attack-steps 2 "
@@ -650,7 +661,7 @@ def same_networks(first, second, pairs):
                for part in ("members", "proxies", "optimizers"))
 
 
-@pytest.mark.parametrize("method", ["natural", "at", "mixup", "iat", "trades"])
+@pytest.mark.parametrize("method", ["natural", "at", "mixup", "iat", "trades", "fast"])
 def test_every_network_of_an_ensemble_is_trained_as_if_alone(method, whole, tmp_path, monkeypatch):
     run(method, tmp_path / "quiet", "--members 3")
     assert same_networks(whole(method), tmp_path / "quiet", [(0, 0)])
@@ -688,9 +699,12 @@ PANUM = ALL | dict(arch="resnet50", embedding_dim=128, crop="resized", epochs=15
                    step_size=0.004, attack_steps=5, eval_eps=0.01, loss="contrastive",
                    attack_rate=0.5, perturb="positive", reg_weight=0)
 OWN = dict(members=1, split=False, mixup_target="label", trades_lambda=6, source="random")
+FAST = KE | OWN | dict(attack_steps=1, step_size=20 / 255, eps_ramp=[0, 150])
+FARE = KE | OWN | dict(weights="teacher", warmup_epochs=0, lr=1e-5)
+RECIPES = {"fast": FAST, "fare": FARE, "est": ZHOU | OWN, "act": ZHOU | OWN}
 PAPERS = [(eat, "", KE | dict(members=3, split=True)), (panum_at, "", PANUM),
           (hardness_manipulation, "", ZHOU | dict(source="softhard", destination="lga", ics=0)),
-          *((baselines, f"--method {method}", (ZHOU if method in ("est", "act") else KE) | OWN)
+          *((baselines, f"--method {method}", RECIPES.get(method, KE | OWN))
             for method in baselines.METHODS)]
 
 
@@ -699,6 +713,13 @@ FOLLOW = [                                       # defaults that other flags dec
     (eat, "--weights none --freeze-bn --warmup-epochs 2", dict(freeze_bn=True, warmup_epochs=2)),
     (eat, "--arch convnet", dict(weights="none", freeze_bn=False)),
     (eat, "--dataset glyphs --lr 0.5 --eps-ramp 5 6", dict(lr=0.5, eps_ramp=[5, 6], epochs=12)),
+    (baselines, "--method fast --eps 0.1", dict(step_size=0.125, eps_ramp=[0, 150], eps=0.1)),
+    (baselines, "--epochs 9 --method=fast", dict(eps_ramp=[0, 6], step_size=20 / 255)),
+    (baselines, "--dataset glyphs --method fast --epochs 10 --eps 0.2", dict(
+        eps_ramp=[0, 7], step_size=0.25, lr=4e-3)),
+    (baselines, "--method fast --step-size 0 --eps-ramp 0 0", dict(step_size=0, eps_ramp=[0, 0])),
+    (baselines, "--method fare --dataset glyphs", baselines.SMALL | dict(
+        eps_ramp=[0, 0], freeze_bn=True, warmup_epochs=0, weights="teacher")),
     (panum_at, "--dataset sop", dict(epochs=100)),
     (panum_at, "--dataset=sop --epochs 7", dict(epochs=7)),
     (panum_at, "--eps 0.05", dict(step_size=pytest.approx(0.02), eval_eps=0.01)),
@@ -721,14 +742,16 @@ def test_the_defaults_are_the_papers(script, words, expected):
                                                            hardness_manipulation.SMALL),
     (panum_at, "--loss triplet", panum_at.SMALL_TRIPLET),
     (panum_at, "--dataset gaussian", panum_at.GAUSSIAN),
+    (baselines, "--method fast", baselines.SMALL | dict(
+        epochs=54, lr=4e-3, attack_steps=1, step_size=10 / 255, eps_ramp=[0, 40])),
     *((baselines, f"--method {method}", baselines.SMALL_TRIPLET if method in ("est", "act") else
-       baselines.SMALL) for method in baselines.METHODS)])
+       baselines.SMALL) for method in baselines.METHODS if method not in ("fast", "fare"))])
 def test_generated_data_brings_small_defaults_that_reach_the_ball(script, words, small):
     args = vars(script.parse_args(words.split()))
     assert args["dataset"] == ("gaussian" if "gaussian" in words else "glyphs")
     assert {name: args[name] for name in small} == small and eat.SMALL == baselines.SMALL
     assert (args["arch"], args["weights"], args["flip"]) == ("convnet", "none", False)
-    radii = 1 if script is hardness_manipulation or words in ("--method act", "--method est") else 2
+    radii = 1 if script is hardness_manipulation or words.endswith(("act", "est", "fast")) else 2
     assert args["attack_steps"] * args["step_size"] >= radii * args["eps"] * (1 - 1e-9)
 
 
@@ -740,6 +763,8 @@ def test_generated_data_brings_small_defaults_that_reach_the_ball(script, words,
     (baselines, "--method at --beta 0 --attack-loss label", "at-beta0-label"),
     (baselines, "--method trades --trades-lambda 1", "trades-lambda1"),
     (baselines, "--method iat --mixup-target embedding", "iat-embedding"),
+    (baselines, "--method fast", "fast"), (baselines, "--method fast --members 3", "fast-x3"),
+    (baselines, "--method fare --teacher run", "fare"),
     (baselines, "--method est --source softhard", "est-softhard"),
     (panum_at, "", "panum"), (panum_at, "--loss triplet", "panum-triplet"),
     (panum_at, "--attack-rate 0 --perturb negative", "panum-rate0-negative"),
@@ -776,6 +801,8 @@ REFUSED = [(name, *pair) for name, pairs in {
         ("--mixup-target embedding", "belongs to --method mixup, iat"),
         ("--method est --trades-lambda 1", "belongs to --method trades"),
         ("--method at --source hardest", "belongs to --method est, act"),
+        ("--method at --teacher run", "--teacher belongs to --method fare, not to at"),
+        ("--method fare", "give their run, --teacher RUN"),
         ("--method est --batch-size 5", "even"), ("--method act --images-per-class 2", "drop"),
         ("--method est --members 2", "--members")],
     "panum": [
@@ -792,6 +819,40 @@ REFUSED = [(name, *pair) for name, pairs in {
 def test_a_bad_value_is_one_line_and_no_run_begins(name, bad, words, tmp_path, fails):
     fails(2, [words], name, tmp_path / "run", bad)
     assert not {"run/last.pt", "run/results.json"} & set(contents(tmp_path))
+
+
+@pytest.mark.parametrize("more, words", [
+    ("--weights none", "drop --weights"), ("--weights file.pth", "drop --weights"),
+    ("--teacher nowhere", "cannot read nowhere"),
+    ("--arch resnet18", "--arch resnet18 does not fit"), ("--members 3", "which has 2"),
+    ("--embedding-dim 4", "which has 8"), ("--image-size 64", "which has 32"),
+    ("--crop square", "--crop square does not"), ("--val-classes 1", "--val-classes 1 does not"),
+    ("--dataset gaussian --image-size 32", "--dataset gaussian does not")])
+def test_a_teacher_that_does_not_fit_is_one_line_and_makes_no_folder(more, words, tmp_path, fails):
+    fails(2, [words], "fare-x2", tmp_path / "run", more)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_has_the_same_images_and_a_folder_of_its_own(tmp_path, fails):
+    root, own = shutil.copytree(pictures(), tmp_path / "changed"), tmp_path / "teacher"
+    (root / "class0").rename(root / "class00")
+    fails(2, ["on other classes or images"], "fare-x2", tmp_path / "run", data=root)
+    shutil.copytree(teacher(), own)
+    for path in (own, own / "last.pt"):
+        fails(2, ["teacher's own folder"], "fare-x2", own, f"--teacher {path}")
+    assert contents(own) == contents(teacher()) and not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_with_the_teacher_that_it_began_with(tmp_path, fails):
+    own, out = shutil.copytree(teacher(), tmp_path / "teacher"), tmp_path / "run"
+    words, changed = f"--teacher {own}", saved(own)
+    before = contents(interrupted("fare-x2", out, "log.jsonl", 3, more=words))
+    changed["members"][1]["head.bias"][0] += 1e-3
+    torch.save(changed, own / "last.pt")
+    fails(2, [f"the teacher {own} has changed"], "fare-x2", out, words)
+    (own / "last.pt").unlink()
+    fails(2, [f"cannot read {own}"], "fare-x2", out, words)
+    assert contents(out) == before
 
 
 def test_training_data_without_pairs_is_one_line(tmp_path, fails):

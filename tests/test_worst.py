@@ -1,14 +1,25 @@
 """The worst of many attacks and eps50: functions of records, and evaluate_robustness with them."""
 
+import functools
 import json
 import statistics
 
 import numpy as np
 import pytest
+import torch
 from test_evaluation import network, noisy_classes, retrieval_of
 
+from baselines import natural
 from common import unpack
-from eval import attack_of, eps50, evaluate_robustness, measured, worst_case, worst_parts
+from eval import (
+    attack_of,
+    attacked,
+    eps50,
+    evaluate_robustness,
+    measured,
+    worst_case,
+    worst_parts,
+)
 
 SUM = ["shift", "PSEUDO", "push-mean", "target", "impostor", "soft-impostor"]
 
@@ -93,16 +104,14 @@ def test_the_worst_of_whole_sets_is_one_attack():
     assert {row["R@1_label_free"] for row in none.values()} == {None} and none["vote"]["R@1"] == 0.8
 
 
-@pytest.mark.parametrize("protocol, members, options", [
-    ("clustering", 1, {"steps": 2}), ("clustering", 3, {"steps": 1}),
-    ("template", 2, {"steps": 2, "restarts": 2}), ("template", 1, {"attack": "strong"})])
-def test_the_worst_equals_attacking_every_part_by_hand(protocol, members, options):
+@pytest.mark.parametrize("members", [1, 3])
+def test_the_worst_of_clustering_equals_attacking_every_part_by_hand(members):
     images, labels = noisy_classes(4, 4, spread=0.3, seed=1)
     models = [network(m).forward for m in range(members)]
-    result = evaluate_robustness(models, images, labels, protocol=protocol, eps=0.03, seed=3,
-                                 **{"objective": "worst", **options})
+    result = evaluate_robustness(models, images, labels, objective="worst", eps=0.03, seed=3,
+                                 steps=2)
     worst, *parts = result["robust"]
-    attack = attack_of(protocol, **{"objective": "worst", **options}, eps=0.03, seed=3)
+    attack = attack_of("clustering", objective="worst", eps=0.03, seed=3, steps=2)
     retrieval = retrieval_of([network(m) for m in range(members)], images, labels)
     by_hand = [measured(retrieval, part)[0] for part in worst_parts(attack, members)]
     assert [{**part, "seconds": 0} for part in parts] == [{**part, "seconds": 0}
@@ -118,9 +127,58 @@ def test_the_worst_equals_attacking_every_part_by_hand(protocol, members, option
     json.dumps(result, allow_nan=False)
 
 
+@functools.cache
+def trained(members):
+    """Networks after 30 steps on 6 classes, and the images of 8 others."""
+    images, labels = noisy_classes(6, 8, spread=0.3, seed=1)
+    models = [network(m) for m in range(members)]
+    for m, model in enumerate(models):
+        torch.manual_seed(m)
+        proxies = torch.randn(6, 8, requires_grad=True)
+        adam = torch.optim.Adam([*model.parameters(), proxies], 1e-2)
+        for _ in range(30):
+            adam.zero_grad()
+            natural(model, images, labels, proxies, None)[0].backward()
+            adam.step()
+    return retrieval_of(models, *noisy_classes(8, 6, spread=0.3, seed=2))
+
+
+@pytest.mark.parametrize("members, options", [
+    (1, {"steps": 3}), (3, {"steps": 3}), (2, {"steps": 2, "restarts": 2}),
+    (1, {"attack": "strong"}), (2, {"attack": "strong"})])
+@pytest.mark.parametrize("eps", [0.01, 0.03])
+def test_the_worst_of_template_is_that_of_all_parts_on_all_queries(members, options, eps):
+    retrieval = trained(members)
+    attack = attack_of("template", **{"objective": "worst", **options}, eps=eps, seed=3)
+    (worst,) = measured(retrieval, attack)
+    every = [(part, retrieval.ranked(*attacked(retrieval, part)))
+             for part in worst_parts(attack, members)]
+    wanted = worst_case([measured(retrieval, part)[0] for part, _ in every])
+    everything = torch.ones(len(retrieval.labels), dtype=torch.bool)
+    left, right, attacked_counts = everything, {}, []
+    for _, ranked in every[:len(worst["parts"])]:
+        attacked_counts.append(int(left.sum()))
+        right = {rule: right.get(rule, everything) & hits[:, 0]
+                 for rule, (hits, _) in ranked.items()}
+        left = torch.stack([*right.values()]).any(0)
+    assert [part["attacked"] for part in worst["parts"].values()] == attacked_counts
+    assert len(worst["parts"]) == len(every) or not left.any()
+    for rule in ["vote"] * (members > 1) + [f"member_{m + 1}" for m in range(members)]:
+        row = worst["scores"][rule]
+        for name in ("R@1", "R@1_label_free", "hits"):
+            assert row[name] == wanted[rule][name]
+        wrong = torch.stack([~ranked[rule][0][:, 0] for _, ranked in every])
+        first = torch.where(wrong.any(0), wrong.long().argmax(0), len(every) - 1)
+        precision = torch.stack([ranked[rule][1] for _, ranked in every])
+        assert row["mAP@R"] == pytest.approx(float(precision.gather(0, first[None]).mean()))
+    assert worst["R@1"] < retrieval.ranked(retrieval.clean)[worst["rule"]][0][:, 0].double().mean()
+    assert worst["scores"].get("member_mean", worst)["R@1"] == pytest.approx(statistics.mean(
+        worst["scores"][f"member_{m + 1}"]["R@1"] for m in range(members)))
+
+
 def test_records_that_are_there_are_read_and_new_ones_told_as_they_are_finished():
     retrieval = retrieval_of([network()], *noisy_classes(3, 3, spread=0.2))
-    attack, told, held = attack_of("template", objective="worst", steps=1), [], {}
+    attack, told, held = attack_of("clustering", objective="worst", steps=1), [], {}
     every = measured(retrieval, attack, find=held.get, done=lambda attack, record: (
         told.append(attack), held.update({attack: record})))
     assert told == [*worst_parts(attack, 1), attack] and len(every) == 8
