@@ -16,7 +16,8 @@ repeated. Flags behind -- go to every training.
 
 All networks of a data set have one architecture, batch, radius and reach; epochs are such that
 every network gets about 107 passes a training image. fare's come on top of its teacher's, which is
-the run of natural. The learning rate is the method's own. A pass is an image that goes forward
+the run of natural. Epochs of pairs (est, act, hm) count twice, because every image brings another.
+The learning rate is the method's own. A pass is an image that goes forward
 through a network, with or without a gradient; those of all members count. Seconds are those of two
 epochs, one without and one with the attack, times the epochs: all are measured one after the other
 by one thread, because runs that share a machine slow each other down.
@@ -57,13 +58,13 @@ DEFENSES = {
     "panum": ("panum_at.py", 33, "16 8"),
     "panum-triplet-rate0": ("panum_at.py --loss triplet --attack-rate 0", 54),
     "panum-triplet": ("panum_at.py --loss triplet", 33, "16 8"),
-    "est": ("baselines.py --method est", 27, "13 6"),
-    "est-softhard": ("baselines.py --method est --source softhard", 27, "13 6"),
-    "act": ("baselines.py --method act", 24, "12 6"),
-    "act-softhard": ("baselines.py --method act --source softhard", 24, "12 6"),
-    "hm-softhard-softhard": ("hardness_manipulation.py --destination softhard", 43),
-    "hm-softhard-lga": ("hardness_manipulation.py", 20, "10 5"),
-    "hm-softhard-lga-ics": ("hardness_manipulation.py --ics", 18, "9 4"),
+    "est": ("baselines.py --method est", 13, "6 3"),
+    "est-softhard": ("baselines.py --method est --source softhard", 13, "6 3"),
+    "act": ("baselines.py --method act", 12, "6 3"),
+    "act-softhard": ("baselines.py --method act --source softhard", 12, "6 3"),
+    "hm-softhard-softhard": ("hardness_manipulation.py --destination softhard", 21),
+    "hm-softhard-lga": ("hardness_manipulation.py", 10, "5 2"),
+    "hm-softhard-lga-ics": ("hardness_manipulation.py --ics", 9, "4 2"),
     "fast": ("baselines.py --method fast", 54, "0 40"),
     "fast-x3": ("baselines.py --method fast --members 3", 54, "0 40"),
     "fare": ("baselines.py --method fare --teacher {natural}", 16, "0 5"),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import baselines
 import common
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -20,6 +21,7 @@ import loading  # noqa: E402
 import metrics  # noqa: E402
 import summary  # noqa: E402
 import train_step  # noqa: E402
+import worst  # noqa: E402
 
 # Images through a network in a step on b images: forward, with input gradient, with full gradient.
 # T attack steps, N networks, h images that panum_at.py attacks; pairs (hm, act) are b / 2 triplets.
@@ -103,6 +105,15 @@ def test_loading(tmp_path):
 
 def test_the_page_is_made_of_the_stored_figures():
     assert summary.text() == (summary.RESULTS / "benchmarks.md").read_text()
-    rows = [{"steps": 1, "ratio": 1.0}, {"steps": 10, "ratio": 0.89}]
-    assert summary.target(rows, *summary.TARGETS["attack"][0]) == [
-        "- at least as fast: missed by 10 steps (0.89)"]
+    rows = [{"defense": "eat", "speedup": 2.0}, {"defense": "eat", "speedup": 1.89}]
+    assert summary.target(rows[:1], *summary.TARGETS["train_step"][2])[0].endswith("way: met")
+    assert summary.target(rows[1:], *summary.TARGETS["train_step"][2])[0].endswith(
+        "way: missed by eat (1.89)")
+
+
+def test_the_worst_of_survivors_is_that_of_all_parts(tmp_path):
+    args = baselines.parse_args(["--epochs", "1", "--limit-queries", "20", "--val-classes", "40",
+                                 "--workers", "0", "--out", str(tmp_path / "run")])
+    baselines.main(args)
+    (row,) = run(worst, tmp_path, str(tmp_path / "run"), "--eps", "0.01")["rows"]
+    assert row["equal"] and row["share"] == 6 * row["ratio"] > 0 and row["parts"] == 7

@@ -43,7 +43,7 @@ def test_its_commands_parse_and_its_evaluation_reads_what_they_train(item):
     for command in commands(item):
         script, args = parsed(command)
         if script == "results/figures.py" and args.table:                # of the table before
-            assert args.table == f"{shown[-1]}.json" and args.folder == shown[-1]
+            assert args.table == [f"{shown[-1]}.json"] and args.folder == shown[-1]
         elif script.startswith("results/"):
             shown.append(getattr(args, "name", None) or args.folder)
             assert shown[-1].startswith(f"results/{item.paper}-{item.kind}{item.number}-")
