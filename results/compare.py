@@ -17,10 +17,10 @@ repeated. Flags behind -- go to every training.
 All networks of a data set have one architecture, batch, radius and reach; epochs are such that
 every network gets about 107 passes a training image. fare's come on top of its teacher's, which is
 the run of natural. Epochs of pairs (est, act, hm) count twice, because every image brings another.
-The learning rate is the method's own. A pass is an image that goes forward
-through a network, with or without a gradient; those of all members count. Seconds are those of two
-epochs, one without and one with the attack, times the epochs: all are measured one after the other
-by one thread, because runs that share a machine slow each other down.
+The learning rate is the method's own. A pass is an image that goes forward through a network, with
+or without a gradient; those of all members count. Seconds are those of two epochs, one without and
+one with the attack, times the epochs: all are measured one after the other by one thread, because
+runs that share a machine slow each other down.
 """
 
 import argparse
