@@ -211,9 +211,9 @@ def shift_objective(models, references):
 
 # ---- metrics ---------------------------------------------------------------------------------
 def nearness(rows, points, half_norm, out):
-    """Write x.y - |y|^2 / 2 into out (b, N): rows x (b, D), points y (N, D). On a CPU 256 points at
+    """Write x.y - |y|^2 / 2 into out (b, N): rows x (b, D), points y (N, D). On a CPU 512 points at
     a time, because a product of few rows with many points takes twice the time."""
-    size = 256 if out.is_cpu else max(len(points), 1)
+    size = 512 if out.is_cpu else max(len(points), 1)
     with torch.autocast(out.device.type, enabled=False):
         for part, half, place in zip(points.split(size), half_norm.split(size), out.split(size, 1)):
             torch.mm(rows, part.T, out=place).sub_(half)

@@ -118,6 +118,17 @@ def test_similarities_are_exact_on_integers(form):
     assert sorted(rows.tolist()) == [*range(40)]
 
 
+@pytest.mark.parametrize("columns", [2816, 2817, 3000, 200])
+def test_the_highest_are_those_of_topk(columns):
+    for low in (-torch.inf, torch.inf):                    # as of the query itself and of NaN
+        rows = random_labels(30 * columns, 4 * columns, 0).view(30, columns).float()
+        rows[:, ::9], rows[:, -1] = low, 5.0 * columns     # ties, and one in the last block
+        value, column = common.highest(rows, 11)
+        assert torch.equal(value, rows.topk(11).values) and torch.equal(
+            value, rows.gather(1, column))
+        assert all(len(set(line)) == 11 for line in column.tolist())
+
+
 def test_a_query_scores_the_same_in_whatever_chunk_it_is():
     queries = random_labels(2200 * 4, 40, 0).view(2200, 4).float()      # exact, too
     gallery, names = queries.repeat(4, 1).flip(0) + 1, random_labels(8800, 50, 1)
