@@ -80,9 +80,7 @@ def proxy_anchor_loss(embeddings, labels, proxies, margin: float = 0.1, scale: f
 
 def triplet_loss(anchor, positive, negative, margin: float = 0.2, reduction: str = "mean"):
     """max(0, d(a, p) - d(a, n) + margin) of embeddings (T, D); without triplets 0, with a graph.
-
-    reduction: "mean" over all triplets, or "nonzero": over the strictly positive terms.
-    """
+    reduction: "mean" over all triplets, or "nonzero": over the strictly positive terms."""
     terms = F.relu(euclidean(anchor, positive) - euclidean(anchor, negative) + margin)
     return _reduce(terms, reduction, torch.ones_like(terms, dtype=torch.bool))
 
@@ -167,9 +165,8 @@ def _distance_weights(distance, dim, cutoffs):
     """Weights 1 / q(d) of the negatives, by row, q(d) ~ d^(dim - 2) (1 - d^2 / 4)^((dim - 3) / 2)
     being the density of distances on the sphere; distance (T, B) is inf where not a negative."""
     low, high = cutoffs
-    allowed = distance < (torch.inf if high is None else high)
-    allowed = torch.where(allowed.any(1, keepdim=True), allowed,
-                          distance == distance.amin(1, keepdim=True))
+    high = torch.inf if high is None else high
+    allowed = (distance < high) | (distance == distance.amin(1, keepdim=True))
     d = distance.double().clamp(max(low or 0, 1e-4), 1.99)
     log_weight = (2 - dim) * d.log() - (dim - 3) / 2 * torch.log1p(-d.square() / 4)
     return log_weight.masked_fill(~allowed, -torch.inf).softmax(1)       # by row: no underflow
@@ -310,9 +307,7 @@ def recall_at_k(embeddings, labels, ks=(1, 2, 4, 8), gallery=None, gallery_label
 @torch.no_grad()
 def map_at_r(embeddings, labels, gallery=None, gallery_labels=None) -> float:
     """mAP@R (Musgrave et al., ECCV 2020): the mean of AP@R = 1/R sum_{k<=R} precision@k * rel_k.
-
-    R: how many candidates of its class a query has; R = 0 is left out. Else as in recall_at_k.
-    """
+    R: how many candidates of its class a query has; R = 0 is left out. Else as in recall_at_k."""
     average = ranking_scores(embeddings, labels, (), gallery, gallery_labels)[1]
     return float(average.sum() / (candidate_counts(labels, gallery_labels) > 0).sum().clamp(min=1))
 
@@ -421,21 +416,17 @@ def pairwise_f1(labels: Tensor, clusters: Tensor) -> float:
 
 
 def vote_labels(votes: Tensor) -> Tensor:
-    """Plurality over the first dimension, the N members: (N, ...) labels -> (...) labels.
-
-    Among tied labels the one whose first voter comes first: [A, B, B, C, C] -> B, [A, B, C] -> A.
-    """
+    """Plurality over the first dimension, the N members: (N, ...) labels -> (...) labels. Among
+    tied labels the one whose first voter comes first: [A, B, B, C, C] -> B, [A, B, C] -> A."""
     agreeing = torch.stack([(votes == own).sum(0, dtype=torch.uint8) for own in votes])
     return votes.gather(0, agreeing.argmax(0, keepdim=True))[0]          # argmax: the first maximum
 
 
 @torch.no_grad()
 def vote_clusters(assignments: Tensor, clusters: int) -> Tensor:
-    """One clustering (n,) out of the N members', assignments (N, n) of ids below `clusters`.
-
-    The ids are renamed after the member that agrees best with the others (highest mean NMI), the
-    largest overlap first. Then the plurality decides, image by image; ties go to that member.
-    """
+    """One clustering (n,) out of the N members', assignments (N, n) of ids below `clusters`. The
+    ids are renamed after the member that agrees best with the others (highest mean NMI), the
+    largest overlap first. Then the plurality decides, image by image; ties go to that member."""
     assignments = assignments.cpu()
     agreement = [sum(nmi(ids, others) for others in assignments) for ids in assignments]
     first = int(np.argmax(agreement))
@@ -454,8 +445,7 @@ def vote_clusters(assignments: Tensor, clusters: int) -> Tensor:
 
 
 def vote_ranking(embeddings, labels, ks, gallery=None, gallery_labels=None):
-    """ranking_scores of a list whose place j carries the label that most members' j-th neighbours
-    have."""
+    """ranking_scores of one list: place j has the label of most members' j-th neighbours."""
     count = candidate_counts(labels, gallery_labels)
     names = labels if gallery_labels is None else gallery_labels
     depth = min(max(int(count.max()), *ks), len(names) - int(gallery_labels is None))
@@ -849,25 +839,24 @@ class BNInception(nn.Module):
         self.add_module(name, nn.Conv2d(channels, out, kernel, stride, kernel // 2))
         self.add_module(name + "_bn", nn.BatchNorm2d(out))
 
-    def _run(self, maps, *names, block=""):
+    def _run(self, maps, block, *names):
         for name in names:
-            name = f"inception_{block}_{name}" if block else name
-            maps = F.relu(getattr(self, name + "_bn")(getattr(self, name)(maps)))
+            maps = F.relu(getattr(self, f"{block}{name}_bn")(getattr(self, block + name)(maps)))
         return maps
 
     def forward(self, maps):
         # ceil_mode in every pooling: Caffe rounds sizes up.
-        maps = F.max_pool2d(self._run(maps, "conv1_7x7_s2"), 3, 2, ceil_mode=True)
-        maps = self._run(maps, "conv2_3x3_reduce", "conv2_3x3")
+        maps = F.max_pool2d(self._run(maps, "conv1_", "7x7_s2"), 3, 2, ceil_mode=True)
+        maps = self._run(maps, "conv2_", "3x3_reduce", "3x3")
         maps = F.max_pool2d(maps, 3, 2, ceil_mode=True)
         for block, (_, one, _, _, pool, _) in self.BLOCKS.items():
-            out = [self._run(maps, "1x1", block=block)] if one else []
-            out.append(self._run(maps, "3x3_reduce", "3x3", block=block))
-            out.append(self._run(maps, "double_3x3_reduce", "double_3x3_1", "double_3x3_2",
-                                 block=block))
+            block = f"inception_{block}_"
+            out = [self._run(maps, block, "1x1")] if one else []
+            out.append(self._run(maps, block, "3x3_reduce", "3x3"))
+            out.append(self._run(maps, block + "double_", "3x3_reduce", "3x3_1", "3x3_2"))
             pooled = F.avg_pool2d(maps, 3, 1, 1, ceil_mode=True) if pool == "avg" else \
                 F.max_pool2d(maps, 3, 1 if one else 2, 1 if one else 0, ceil_mode=True)
-            out.append(self._run(pooled, "pool_proj", block=block) if one else pooled)
+            out.append(self._run(pooled, block, "pool_proj") if one else pooled)
             maps = torch.cat(out, 1)
         return maps
 
@@ -881,7 +870,6 @@ def build_model(arch: str, embedding_dim: int = 128, weights: str = "none") -> E
     """
     if arch not in ARCHS:
         raise UserError(f"unknown --arch {arch!r}: choose one of {', '.join(ARCHS)}")
-    state = None if weights == "none" else pretrained(arch, weights)
     if arch in TORCHVISION:
         layers = OrderedDict(torchvision.models.get_model(TORCHVISION[arch]).named_children())
         head = layers.popitem()[1]
@@ -890,8 +878,8 @@ def build_model(arch: str, embedding_dim: int = 128, weights: str = "none") -> E
         backbone = nn.Sequential(layers)                             # keeps torchvision's names
     else:
         backbone, channels = (BNInception(), 1024) if arch == "bninception" else _convnet()
-    if state is not None:
-        load_weights(backbone, state, arch, weights)
+    if weights != "none":
+        load_weights(backbone, arch, weights)
     model = EmbeddingModel(backbone, channels, embedding_dim, caffe=arch == "bninception",
                            pool="avg" if arch in TORCHVISION else "avgmax")
     return model.to(memory_format=torch.channels_last)               # faster convolutions
@@ -922,10 +910,10 @@ def pretrained(arch, weights):
     return state
 
 
-def load_weights(network, state, arch, weights):
-    """Load a state dict, with or without its classifier, into a backbone."""
+def load_weights(network, arch, weights):
+    """Load the tensors of `pretrained`, with or without a classifier, into a backbone."""
     expected = network.state_dict()
-    state = {name: value for name, value in state.items()
+    state = {name: value for name, value in pretrained(arch, weights).items()
              if not name.startswith(("classifier.", "fc.", "last_linear."))}
     for name, value in expected.items():
         if name.endswith("num_batches_tracked"):          # absent in files of old torch versions
@@ -945,15 +933,12 @@ def frozen(*models):
     """Evaluation mode and no gradients of parameters inside the `with`, where attacks are made."""
     modules = [module for model in models if isinstance(model, nn.Module)
                for module in model.modules()]
-    training = [module for module in modules if getattr(module, "training", False)]
-    parameters = [parameter for module in modules for parameter in module.parameters(recurse=False)
-                  if parameter.requires_grad]
+    switched = [(module, "training") for module in modules if getattr(module, "training", False)]
+    switched += [(parameter, "requires_grad") for module in modules
+                 for parameter in module.parameters(recurse=False) if parameter.requires_grad]
     def switch(on):
-        for module in training:
-            module.training = on
-        for parameter in parameters:
-            parameter.requires_grad_(on)
-
+        for owner, name in switched:
+            setattr(owner, name, on)
     switch(False)
     try:
         yield
@@ -970,8 +955,7 @@ def train_mode(model: nn.Module, freeze_bn: bool) -> None:
 
 
 def load_model(path, device="cpu") -> list[nn.Module]:
-    """The members of a run, in eval mode on `device`. path: its folder, its last.pt, or the content
-    of one, as load_checkpoint returns it."""
+    """The members of a run in eval mode. path: its folder, its last.pt or what is in that file."""
     checkpoint, members = path if isinstance(path, dict) else load_checkpoint(path), []
     try:
         for state in checkpoint["members"]:
@@ -1215,11 +1199,9 @@ def _list_sop(name, folders):
     for lists, images in [pair for folder in folders for pair in (
             (folder, folder), (folder / "Info_Files", folder / "images"))]:
         if (lists / "Ebay_train.txt").is_file():
-            halves = [(lists / file).read_text().splitlines()[1:]
-                      for file in ("Ebay_train.txt", "Ebay_test.txt")]
-            halves = [[line.split() for line in half if line.strip()] for half in halves]
-            return [[(str(images / path), f"{int(number):05d}") for _, number, _, path in half]
-                    for half in halves]
+            halves = [(lists / f"Ebay_{side}.txt").read_text().splitlines()[1:] for side in SIDES]
+            return [[(str(images / path), f"{int(number):05d}") for _, number, _, path in
+                     filter(None, map(str.split, half))] for half in halves]
 
 
 def _list_inshop(name, folders):
@@ -1295,9 +1277,8 @@ def _glyphs(seed, size, classes=100, per_class=30):
     pixels = pixels.view(count, 3, side, side)
     names = [f"drawing-{image // per_class:03d}" for image in range(count)]
     paths = [f"glyphs/{name}/{image % per_class:02d}" for image, name in enumerate(names)]
-    half = count // 2
-    return (ImageSet(paths[:half], names[:half], size, store=pixels[:half]),
-            ImageSet(paths[half:], names[half:], size, store=pixels[half:]))
+    whole = ImageSet(paths, names, size, store=pixels)
+    return whole.subset(range(count // 2)), whole.subset(range(count // 2, count))
 
 
 def _gaussian(seed, size):
@@ -1309,12 +1290,10 @@ def _gaussian(seed, size):
     pixels = stream.normal(size=(1024, 3, side, side), scale=0.025).astype(np.float32)
     pixels = ((pixels + mean[:, None, None, None]).clip(0, 1) * 255).round().astype(np.uint8)
     order = stream.permutation(1024)
-    halves = []
-    for rows in (np.sort(order[:508]), np.sort(order[508:])):
-        names = [f"mean-{mean[row]:.2f}" for row in rows]
-        halves.append(ImageSet([f"gaussian/{name}/{row:04d}" for row, name in zip(rows, names)],
-                               names, size, store=torch.from_numpy(pixels[rows])))
-    return halves[0], halves[1]
+    names = [f"mean-{value:.2f}" for value in mean]
+    paths = [f"gaussian/{name}/{row:04d}" for row, name in enumerate(names)]
+    whole = ImageSet(paths, names, size, store=torch.from_numpy(pixels))
+    return whole.subset(np.sort(order[:508])), whole.subset(np.sort(order[508:]))
 
 
 def balanced_subset(dataset: ImageSet, count: int) -> ImageSet:
@@ -1342,8 +1321,7 @@ def class_balanced_batches(labels, batch_size, images_per_class, seed, epoch, pu
     left = np.array([len(group) for group in groups])
     if rest or not 0 < per_batch <= (left > 0).sum():
         raise UserError(f"a batch of {batch_size} needs {per_batch} classes of {images_per_class} "
-                        f"images, the data has {(left > 0).sum()} such classes: change --batch-size"
-                        f" or --images-per-class")
+                        f"images, found {(left > 0).sum()}: change --batch-size, --images-per-class")
     batches = []
     while (left > 0).sum() >= per_batch:
         drawn = stream.choice(len(left), per_batch, replace=False, p=left / left.sum())
@@ -1387,8 +1365,7 @@ def epoch_batches(args, labels: Tensor, epoch: int, *, batch_size=None, pool=Non
                                          args.images_per_class, args.seed, epoch, purpose)
     else:
         order = random_stream(args.seed, epoch, purpose).permutation(len(pool))
-        batches = torch.from_numpy(order).split(size)
-        batches = batches[:-1] if len(batches) > 1 and len(batches[-1]) < size else batches
+        batches = torch.from_numpy(order[:max(len(pool) // size, 1) * size]).split(size)
     return [pool[batch] for batch in batches]
 
 
@@ -1399,10 +1376,8 @@ def load_batches(dataset: ImageSet, batches, seed: int = 0, epoch: int = 0, *, a
     on (seed, epoch, image index) alone, not on `workers`, the threads that prepare the next two
     batches; otherwise evaluation views."""
     def views(rows):
-        if augment:
-            return [dataset.random_view(i, random_stream(seed, epoch, AUGMENT, i), scale)
-                    for i in rows.tolist()]
-        return [dataset.view(i) for i in rows.tolist()]
+        return [dataset.random_view(i, random_stream(seed, epoch, AUGMENT, i), scale)
+                if augment else dataset.view(i) for i in rows.tolist()]
 
     def finish(parts, batch):
         images = torch.stack([image for part in parts for image in part])
@@ -1487,8 +1462,7 @@ def base_parser(description=None) -> Parser:
         help="report on a fixed class-balanced subset of N images (0: all)")
     add = parser.add_argument_group("model").add_argument
     add("--arch", choices=ARCHS, default="mobilenetv2", metavar="NAME", help=", ".join(ARCHS))
-    add("--weights", metavar="{imagenet,none,FILE}",
-        help="start of the backbone (default: imagenet; convnet: none)")
+    add("--weights", metavar="{imagenet,none,FILE}", help="start (default: imagenet; convnet none)")
     add("--embedding-dim", type=number(int, 1), default=128, metavar="D", help="of the last layer")
     add("--image-size", type=number(int, 16, 4096), default=224, metavar="S",
         help="side of the input; test images: Resize(256 S / 224), crop")
