@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What every script here shares, because a fair comparison needs it to be identical.
 
-Copy this file next to one method script and the script runs. In this order: losses and mining, pgd,
-metrics, inference by voting, the evaluation at the end of a training, networks, data, batches, the
-command line, and `Run`, the books of a training.
+Copy this file next to one method script and the script runs. In this order: losses, attack,
+metrics, evaluation, networks, data, batches, command line, and `Run`, the books of a training.
 
 Images are float (B, 3, S, S) in [0, 1]; the network normalises them itself, so an attack radius eps
 is a number of pixel values. Embeddings are unit vectors (B, D), distances are Euclidean on the unit
@@ -66,10 +65,8 @@ def seed_torch(seed: int, epoch: int, purpose: int, index: int = 0) -> None:
 def proxy_anchor_loss(embeddings, labels, proxies, margin: float = 0.1, scale: float = 32.0):
     """Proxy Anchor, Eq. (4) of Kim et al., CVPR 2020 (https://arxiv.org/abs/2003.13911).
 
-    embeddings (B, D) and proxies (C, D) of any norm, labels (B,) int64 in [0, C). margin: the
-    paper's delta, in cosine. scale: its alpha. Returns a scalar >= 0. As in the paper, a class that
-    is absent from the batch adds nothing to the pull and counts in the push.
-    """
+    embeddings (B, D) and proxies (C, D) of any norm, labels (B,). margin: its delta, in cosine.
+    scale: its alpha. A class absent from the batch adds nothing to the pull, but to the push."""
     cosine = F.normalize(embeddings, dim=1) @ F.normalize(proxies, dim=1).T           # (B, C)
     positive = F.one_hot(labels, len(proxies)).bool()                                  # (B, C)
     pull = (-scale * (cosine - margin)).masked_fill(~positive, -torch.inf).logsumexp(0)
@@ -121,8 +118,7 @@ def mine_triplets(embeddings, labels, how: str, generator=None, *, anchors=None,
         hardest   the nearest one
 
     cutoffs: distances below the first count as it; negatives beyond the second are left out unless
-    none is nearer; None switches either off. partners: the anchors' positives (softhard draws).
-    """
+    none is nearer; None switches either off. partners: the anchors' positives (softhard draws)."""
     rows = torch.arange(len(labels), device=labels.device)
     anchors = rows if anchors is None else anchors.to(labels.device)
     same = labels[anchors, None] == labels                                             # (A, B)
@@ -223,8 +219,7 @@ def similarities(embeddings, labels, gallery=None, gallery_labels=None):
 
     similarity orders candidates as the Euclidean distance does: x.y - |y|^2 / 2. Those of the
     query's class are lowered by the last bit, so that they lose every tie; best is the highest of
-    them (-inf: none). The query itself is -inf. NaN counts against the query.
-    """
+    them (-inf: none). The query itself is -inf. NaN counts against the query."""
     embeddings = embeddings.detach()
     gallery = embeddings if gallery is None else gallery.detach()
     names = labels if gallery_labels is None else gallery_labels
@@ -298,8 +293,7 @@ def recall_at_k(embeddings, labels, ks=(1, 2, 4, 8), gallery=None, gallery_label
     embeddings (n, D), labels (n,). gallery None: leave-one-out. gallery without gallery_labels: the
     same images in the same order (template matching), row i is not a candidate of query i; with
     them another set. Ties count against the query: a hit needs fewer than K candidates of other
-    classes at least as near as the nearest of its own. Without one: a miss. -> {K: share}.
-    """
+    classes at least as near as the nearest of its own. Without one: a miss. -> {K: share}."""
     hit, _ = ranking_scores(embeddings, labels, ks, gallery, gallery_labels, precision=False)
     return {k: count / max(len(labels), 1) for k, count in zip(ks, hit.sum(0).tolist())}
 
@@ -486,7 +480,6 @@ class Attack(NamedTuple):
     "template": queries are attacked, the gallery is clean (Panum et al., Algorithm 1). objective:
     what is maximised. against: which embeddings of an ensemble it reads. eps, step: pixel values.
     """
-
     protocol: str = "clustering"
     objective: str = "shift"
     attack: str = "pgd"
@@ -518,7 +511,6 @@ class Retrieval:
     clean: [(n, D)], the queries' embeddings, one per model. gallery: [(N, D)], the candidates', or
     None where queries look each other up. names (N,): the labels of the candidates.
     """
-
     def __init__(self, models, batches, labels, ks=(1, 2, 4, 8), gallery_batches=None,
                  gallery_labels=None):
         self.models, self.batches, self.labels, self.ks = models, batches, labels, ks
@@ -533,8 +525,7 @@ class Retrieval:
         value([(B, D)], rows) -> (B,) is maximised; of several restarts the highest is kept, image
         by image. reads: the networks that value reads (None: all); it gets None of the others.
         only: bool (n,), the queries to attack. craft(objective, images, rows, start) -> images:
-        how, if not by PGD from a uniform start. batches: attack these in place of the queries.
-        """
+        how, if not by PGD from a uniform start. batches: attack these in place of the queries."""
         moved, places = [[] for _ in self.models], []
         cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices=cuda), frozen(*self.models):
@@ -543,7 +534,6 @@ class Retrieval:
                 def objective(x, rows=rows):
                     return value([model(x) if reads is None or i in reads else None
                                   for i, model in enumerate(self.models)], rows)
-
                 best = highest = None
                 for restart in range(attack.restarts):       # the same start whatever their number
                     seed_torch(attack.seed, restart, EVALUATE, number)
@@ -597,9 +587,8 @@ class Retrieval:
 
         gallery: [(N, D)]; None: the queries look each other up. Rules: member_1 ...; of an ensemble
         also vote, member_mean (the mean of the members' scores), concat (concatenated embeddings)
-        and mean (their normalised average). hits: the queries that are right at rank 1, as
-        hexadecimal bits. clustering False: no NMI, AMI and F1.
-        """
+        and mean (their normalised average). hits: the queries right at rank 1, as hexadecimal bits.
+        clustering False: no NMI, AMI and F1."""
         labels, clusters, assigned = self.labels, len(self.labels.unique()), {}
         for rule, (queries, _) in rule_spaces(embeddings).items() if clustering else ():
             assigned[rule] = kmeans(queries, clusters, seed).cpu()
@@ -635,8 +624,7 @@ def with_member_mean(scores) -> dict[str, dict]:
     members = [row for rule, row in scores.items() if rule.startswith("member_")]
     mean = {metric: float(np.mean([row[metric] for row in members])) for metric, score in
             members[0].items() if isinstance(score, float)}
-    return scores if len(members) == 1 else {
-        "vote": scores["vote"], "member_mean": mean, **scores}
+    return scores if len(members) == 1 else {"vote": scores["vote"], "member_mean": mean, **scores}
 
 
 def unpack(hits: str, count: int) -> np.ndarray:
@@ -646,8 +634,7 @@ def unpack(hits: str, count: int) -> np.ndarray:
 
 def rule_spaces(embeddings, gallery=None) -> dict[str, tuple]:
     """{rule: (embeddings, gallery or None)} of the rules that look neighbours up in one space."""
-    spaces = {f"member_{i + 1}": (queries, gallery and gallery[i])
-              for i, queries in enumerate(embeddings)}
+    spaces = {f"member_{i + 1}": (own, gallery and gallery[i]) for i, own in enumerate(embeddings)}
     if len(embeddings) > 1:
         for name, combine in (("concat", lambda parts: torch.cat(parts, 1) / len(parts) ** 0.5),
                               ("mean", lambda parts: F.normalize(sum(parts), dim=1))):
@@ -666,8 +653,7 @@ def neighbour(retrieval, itself=False):
     """(value, only): away from the clean nearest neighbour; Algorithm 1 of Panum et al.
 
     only: bool (n,), the queries to attack: a neighbour has their label. A member whose neighbour is
-    right adds its distance. itself: away from the own clean embedding (the authors' code).
-    """
+    right adds its distance. itself: away from the own clean embedding (the authors' code)."""
     targets, right = [], []
     for i, clean in enumerate(retrieval.clean):
         gallery = clean if retrieval.gallery is None else retrieval.gallery[i]
@@ -685,14 +671,13 @@ def neighbour(retrieval, itself=False):
 
 def retrieval_of(models, dataset, *, ks=(1, 2, 4, 8), batch_size=128, workers=0, device="cpu"):
     """The Retrieval of an ImageSet and its gallery. An attack's starts follow the batches."""
-    def batches_of(images):
+    def labelled(images):
         order = torch.arange(len(images)).split(batch_size)
-        return lambda: progress(load_batches(images, order, augment=False, workers=workers,
-                                             device=device), "evaluating", len(order))
-
-    gallery = () if dataset.gallery is None else (batches_of(dataset.gallery),
-                                                  dataset.gallery.labels.to(device))
-    return Retrieval(models, batches_of(dataset), dataset.labels.to(device), ks, *gallery)
+        return (lambda: progress(load_batches(images, order, augment=False, workers=workers,
+                                              device=device), "evaluating", len(order)),
+                images.labels.to(device))
+    gallery = () if dataset.gallery is None else labelled(dataset.gallery)
+    return Retrieval(models, *labelled(dataset), ks, *gallery)
 
 
 def clean_scores(retrieval, seed) -> dict:
@@ -747,8 +732,7 @@ def evaluate(models, dataset, attacks, *, ks=(1, 2, 4, 8), seed=0, workers=0, de
 
 def percent(scores) -> dict[str, str]:
     """The scores of one rule as a table shows them, in percent."""
-    return {name: f"{100 * score:.1f}" for name, score in scores.items()
-            if isinstance(score, float)}
+    return {key: f"{100 * score:.1f}" for key, score in scores.items() if isinstance(score, float)}
 
 
 def format_table(rows) -> str:
@@ -865,9 +849,7 @@ def build_model(arch: str, embedding_dim: int = 128, weights: str = "none") -> E
     """A network from [0, 1] images (B, 3, S, S) to unit embeddings (B, embedding_dim).
 
     arch: one of ARCHS. weights: "imagenet" (torchvision's IMAGENET1K_V1, downloaded once), "none"
-    or a file of ImageNet weights. convnet and bninception add the maximum of a feature map to its
-    average (Proxy Anchor's head).
-    """
+    or a file. convnet and bninception add a map's maximum to its average (Proxy Anchor's head)."""
     if arch not in ARCHS:
         raise UserError(f"unknown --arch {arch!r}: choose one of {', '.join(ARCHS)}")
     if arch in TORCHVISION:
@@ -931,8 +913,7 @@ def load_weights(network, arch, weights):
 @contextlib.contextmanager
 def frozen(*models):
     """Evaluation mode and no gradients of parameters inside the `with`, where attacks are made."""
-    modules = [module for model in models if isinstance(model, nn.Module)
-               for module in model.modules()]
+    modules = [part for model in models if isinstance(model, nn.Module) for part in model.modules()]
     switched = [(module, "training") for module in modules if getattr(module, "training", False)]
     switched += [(parameter, "requires_grad") for module in modules
                  for parameter in module.parameters(recurse=False) if parameter.requires_grad]
@@ -990,12 +971,11 @@ class ImageSet:
     R x R. flip: mirror training views at random. gallery: the set to look these images up in.
     store: uint8 (n, 3, R, R) of a generated set, otherwise images are read from `paths`.
     """
-
-    def __init__(self, paths, names, image_size, classes=None, store=None):
-        self.paths = [str(path) for path in paths]
-        self.classes = sorted(set(names)) if classes is None else list(classes)
+    def __init__(self, items, image_size, classes=None, store=None):
+        self.paths = [path for path, _ in items]
+        self.classes = sorted({name for _, name in items}) if classes is None else classes
         index = {name: i for i, name in enumerate(self.classes)}
-        self.labels = torch.tensor([index[name] for name in names], dtype=torch.int64)
+        self.labels = torch.tensor([index[name] for _, name in items], dtype=torch.int64)
         self.image_size, self.resized = image_size, round(256 * image_size / 224)
         self.store, self.generated = store, store is not None         # of uint8 (3, h, w)
         self.square, self.flip, self.gallery, self.limited = False, not self.generated, None, False
@@ -1075,8 +1055,7 @@ def load_dataset(name: str, root=None, *, image_size: int | None = None, seed: i
 
     name: one of DATASETS; "inshop" looks queries up among themselves (EAT), "inshop-gallery" in
     `test.gallery`. root: its folder (default: environment DATA_ROOT, then "data"). image_size: side
-    S of the views (224; 32 for generated sets, which depend on `seed`).
-    """
+    S of the views (224; 32 for generated sets, which depend on `seed`)."""
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
     size = image_size or (32 if name in GENERATED else 224)
@@ -1110,10 +1089,9 @@ def load_dataset(name: str, root=None, *, image_size: int | None = None, seed: i
     if expected and counts != expected:
         warnings.warn(f"{name} has {counts} images, expected {expected}: a classification split, a "
                       f"half-unpacked archive or files of something else?", stacklevel=2)
-    sides = [([path for path, _ in items], [label for _, label in items]) for items in lists]
-    classes = sorted({label for _, labels in sides[1:] for label in labels})
-    train, test, *gallery = ImageSet(*sides[0], size), *(      # query and gallery share the labels
-        ImageSet(*side, size, classes=classes) for side in sides[1:])
+    classes = sorted({name for items in lists[1:] for _, name in items})
+    train, test, *gallery = ImageSet(lists[0], size), *(       # query and gallery share the labels
+        ImageSet(items, size, classes) for items in lists[1:])
     test.gallery = gallery[0] if gallery else None
     return train, test
 
@@ -1253,7 +1231,6 @@ def _glyphs(seed, size, classes=100, per_class=30):
     curve = curve.astype(np.float32)
     start, end = curve[:, :, :-1].reshape(count, -1, 2), curve[:, :, 1:].reshape(count, -1, 2)
     width = stream.uniform(0.05, 0.11, (count, 1)).astype(np.float32)
-
     axis = np.linspace(-1, 1, side, dtype=np.float32)
     grid = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)     # (side * side, 2), x then y
     along = end - start
@@ -1276,8 +1253,8 @@ def _glyphs(seed, size, classes=100, per_class=30):
     pixels = torch.from_numpy((pixels.clip(0, 1) * 255).round().astype(np.uint8))
     pixels = pixels.view(count, 3, side, side)
     names = [f"drawing-{image // per_class:03d}" for image in range(count)]
-    paths = [f"glyphs/{name}/{image % per_class:02d}" for image, name in enumerate(names)]
-    whole = ImageSet(paths, names, size, store=pixels)
+    items = [(f"glyphs/{name}/{i % per_class:02d}", name) for i, name in enumerate(names)]
+    whole = ImageSet(items, size, store=pixels)
     return whole.subset(range(count // 2)), whole.subset(range(count // 2, count))
 
 
@@ -1291,8 +1268,8 @@ def _gaussian(seed, size):
     pixels = ((pixels + mean[:, None, None, None]).clip(0, 1) * 255).round().astype(np.uint8)
     order = stream.permutation(1024)
     names = [f"mean-{value:.2f}" for value in mean]
-    paths = [f"gaussian/{name}/{row:04d}" for row, name in enumerate(names)]
-    whole = ImageSet(paths, names, size, store=torch.from_numpy(pixels))
+    items = [(f"gaussian/{name}/{row:04d}", name) for row, name in enumerate(names)]
+    whole = ImageSet(items, size, store=torch.from_numpy(pixels))
     return whole.subset(np.sort(order[:508])), whole.subset(np.sort(order[508:]))
 
 
@@ -1321,7 +1298,7 @@ def class_balanced_batches(labels, batch_size, images_per_class, seed, epoch, pu
     left = np.array([len(group) for group in groups])
     if rest or not 0 < per_batch <= (left > 0).sum():
         raise UserError(f"a batch of {batch_size} needs {per_batch} classes of {images_per_class} "
-                        f"images, found {(left > 0).sum()}: change --batch-size, --images-per-class")
+                        f"images, not {(left > 0).sum()}: change --batch-size, --images-per-class")
     batches = []
     while (left > 0).sum() >= per_batch:
         drawn = stream.choice(len(left), per_batch, replace=False, p=left / left.sum())
@@ -1378,14 +1355,12 @@ def load_batches(dataset: ImageSet, batches, seed: int = 0, epoch: int = 0, *, a
     def views(rows):
         return [dataset.random_view(i, random_stream(seed, epoch, AUGMENT, i), scale)
                 if augment else dataset.view(i) for i in rows.tolist()]
-
     def finish(parts, batch):
         images = torch.stack([image for part in parts for image in part])
         images = images.pin_memory() if torch.device(device).type == "cuda" else images
         images = images.to(device, non_blocking=True).float().div_(255)
         return (images.contiguous(memory_format=torch.channels_last),      # faster than of bytes
                 dataset.labels[batch].to(device, non_blocking=True), batch)
-
     # One thread a worker, because with more threads than cores a network takes twice the time.
     threads, waiting = torch.get_num_threads(), deque()
     pool = ThreadPoolExecutor(max(workers, 1), initializer=torch.set_num_threads, initargs=(1,))
@@ -1475,8 +1450,7 @@ def base_parser(description=None) -> Parser:
     add("--warmup-epochs", type=count, metavar="N",
         help="first train head and proxies alone (default: 1; without weights 0)")
     add("--batch-size", type=number(int, 1), default=120, metavar="B", help="images a network sees")
-    add("--images-per-class", type=count, default=0, metavar="K",
-        help="class-balanced batches, K images of a class (0: plain shuffle)")
+    add("--images-per-class", type=count, default=0, metavar="K", help="in a batch (0: shuffled)")
     add("--lr", type=number(float, 0, 1e3), default=1e-4, help="learning rate")
     add("--weight-decay", type=number(float, 0), default=1e-4, metavar="W", help="of Adam, AdamW")
     add = parser.add_argument_group("attack (l_inf, pixel values in [0, 1])").add_argument
