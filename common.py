@@ -6,8 +6,7 @@ metrics, evaluation, networks, data, batches, command line, and `Run`, the books
 
 Images are float (B, 3, S, S) in [0, 1]; the network normalises them itself, so an attack radius eps
 is a number of pixel values. Embeddings are unit vectors (B, D), distances are Euclidean on the unit
-sphere unless a docstring says otherwise, labels are int64, scores are floats in [0, 1].
-"""
+sphere unless a docstring says otherwise, labels are int64, scores are floats in [0, 1]."""
 
 import argparse
 import contextlib
@@ -64,7 +63,6 @@ def seed_torch(seed: int, epoch: int, purpose: int, index: int = 0) -> None:
 # ---- losses ----------------------------------------------------------------------------------
 def proxy_anchor_loss(embeddings, labels, proxies, margin: float = 0.1, scale: float = 32.0):
     """Proxy Anchor, Eq. (4) of Kim et al., CVPR 2020 (https://arxiv.org/abs/2003.13911).
-
     embeddings (B, D) and proxies (C, D) of any norm, labels (B,). margin: its delta, in cosine.
     scale: its alpha. A class absent from the batch adds nothing to the pull, but to the push."""
     cosine = F.normalize(embeddings, dim=1) @ F.normalize(proxies, dim=1).T           # (B, C)
@@ -152,9 +150,8 @@ def mine_triplets(embeddings, labels, how: str, generator=None, *, anchors=None,
 
 def mine_pairs(embeddings, labels, source):
     """One triplet (a, p, n) per pair of pair_batches; p is the partner (softhard draws its own)."""
-    even = torch.arange(0, len(labels), 2, device=labels.device)
-    return mine_triplets(embeddings, labels, source, anchors=even, partners=even + 1,
-                         cutoffs=(None, None))                 # Zhou & Patel's have no cutoffs
+    a, none = torch.arange(0, len(labels), 2, device=labels.device), (None, None)   # as the paper
+    return mine_triplets(embeddings, labels, source, anchors=a, partners=a + 1, cutoffs=none)
 
 
 def _distance_weights(distance, dim, cutoffs):
@@ -177,8 +174,7 @@ def pgd(objective, images, eps: float, step_size: float, steps: int, random_star
     eps and step_size in pixel values. objective: images -> one value per image, or one per tuple
     of images when tuples are stacked ([a; p; n] gives (B / 3,)); its sum is ascended. start: begin
     here (projected) instead of uniformly at random in the ball (random_start) or at the images.
-    Returns images in [0, 1], detached. The model's mode is the caller's: `with frozen(model):`.
-    """
+    Returns images in [0, 1], detached. The model's mode is the caller's: `with frozen(model):`."""
     images = images.detach()
     lower, upper = (images - eps).clamp(min=0), (images + eps).clamp(max=1)
     x = images if start is None else start.detach()
@@ -216,7 +212,6 @@ def nearness(rows, points, half_norm, out):
 def similarities(embeddings, labels, gallery=None, gallery_labels=None):
     """Yield (rows (b,), similarity (b, N), best (b,)) for one chunk of queries after another, small
     classes first; the next chunk overwrites similarity.
-
     similarity orders candidates as the Euclidean distance does: x.y - |y|^2 / 2. Those of the
     query's class are lowered by the last bit, so that they lose every tie; best is the highest of
     them (-inf: none). The query itself is -inf. NaN counts against the query."""
@@ -289,7 +284,6 @@ def ranking_scores(embeddings, labels, ks, gallery=None, gallery_labels=None, pr
 @torch.no_grad()
 def recall_at_k(embeddings, labels, ks=(1, 2, 4, 8), gallery=None, gallery_labels=None):
     """Recall@K: the share of queries with a same-class item among their K nearest candidates.
-
     embeddings (n, D), labels (n,). gallery None: leave-one-out. gallery without gallery_labels: the
     same images in the same order (template matching), row i is not a candidate of query i; with
     them another set. Ties count against the query: a hit needs fewer than K candidates of other
@@ -465,21 +459,16 @@ PROTOCOLS = {"clustering": {"objective": "shift", "eps": 8 / 255, "step": 1 / 4,
 @torch.no_grad()
 def embed(models, batches) -> list[Tensor]:
     """The embeddings (n, D) of every model, in the order of the batches; evaluation mode."""
-    outputs = [[] for _ in models]
     with frozen(*models):
-        for images, _, _ in batches:
-            for output, model in zip(outputs, models):
-                output.append(model(images).float())
-    return [torch.cat(output) for output in outputs]
+        outputs = [[model(images).float() for model in models] for images, _, _ in batches]
+    return [torch.cat(parts) for parts in zip(*outputs)]
 
 
 class Attack(NamedTuple):
     """The numbers of one attack, as they stand in results.json.
-
     protocol "clustering": every image is attacked and compared with attacked images (EAT);
     "template": queries are attacked, the gallery is clean (Panum et al., Algorithm 1). objective:
-    what is maximised. against: which embeddings of an ensemble it reads. eps, step: pixel values.
-    """
+    what is maximised. against: what of an ensemble it reads. eps, step: pixel values."""
     protocol: str = "clustering"
     objective: str = "shift"
     attack: str = "pgd"
@@ -505,12 +494,10 @@ def protocol_attack(protocol: str, eps: float | None = None, seed: int = 0) -> A
 
 class Retrieval:
     """Networks, the queries that they embed, and where these are looked up.
-
     batches: a function that returns a fresh iterator of (images, labels, rows) in order. labels
     (n,): of all queries. gallery_batches and gallery_labels: another set to look them up in.
     clean: [(n, D)], the queries' embeddings, one per model. gallery: [(N, D)], the candidates', or
-    None where queries look each other up. names (N,): the labels of the candidates.
-    """
+    None where queries look each other up. names (N,): the labels of the candidates."""
     def __init__(self, models, batches, labels, ks=(1, 2, 4, 8), gallery_batches=None,
                  gallery_labels=None):
         self.models, self.batches, self.labels, self.ks = models, batches, labels, ks
@@ -521,7 +508,6 @@ class Retrieval:
 
     def attacked(self, attack, value, *, reads=None, only=None, craft=None, batches=None):
         """The embeddings [(n, D)] of the queries after ONE attack on all networks.
-
         value([(B, D)], rows) -> (B,) is maximised; of several restarts the highest is kept, image
         by image. reads: the networks that value reads (None: all); it gets None of the others.
         only: bool (n,), the queries to attack. craft(objective, images, rows, start) -> images:
@@ -584,7 +570,6 @@ class Retrieval:
 
     def score(self, embeddings, gallery=None, *, seed=0, clustering=True) -> dict[str, dict]:
         """{inference rule: {metric: score, "hits": bits}} of embeddings of the queries [(n, D)].
-
         gallery: [(N, D)]; None: the queries look each other up. Rules: member_1 ...; of an ensemble
         also vote, member_mean (the mean of the members' scores), concat (concatenated embeddings)
         and mean (their normalised average). hits: the queries right at rank 1, as hexadecimal bits.
@@ -651,7 +636,6 @@ def shift(retrieval, references=None):
 
 def neighbour(retrieval, itself=False):
     """(value, only): away from the clean nearest neighbour; Algorithm 1 of Panum et al.
-
     only: bool (n,), the queries to attack: a neighbour has their label. A member whose neighbour is
     right adds its distance. itself: away from the own clean embedding (the authors' code)."""
     targets, right = [], []
@@ -847,7 +831,6 @@ class BNInception(nn.Module):
 
 def build_model(arch: str, embedding_dim: int = 128, weights: str = "none") -> EmbeddingModel:
     """A network from [0, 1] images (B, 3, S, S) to unit embeddings (B, embedding_dim).
-
     arch: one of ARCHS. weights: "imagenet" (torchvision's IMAGENET1K_V1, downloaded once), "none"
     or a file. convnet and bninception add a map's maximum to its average (Proxy Anchor's head)."""
     if arch not in ARCHS:
@@ -965,12 +948,10 @@ DATASETS = (*GENERATED, *OFFICIAL, "folder")
 
 class ImageSet:
     """The images of one split: `len()`, `.labels` (int64), `.paths`, `.classes`, `[i]`.
-
     `[i]` is the evaluation view of image i, (float (3, S, S) in [0, 1], int label): shorter side
     resized to R = round(256 * S / 224), centre S x S crop; square: the whole image squashed to
     R x R. flip: mirror training views at random. gallery: the set to look these images up in.
-    store: uint8 (n, 3, R, R) of a generated set, otherwise images are read from `paths`.
-    """
+    store: uint8 (n, 3, R, R) of a generated set, otherwise images are read from `paths`."""
     def __init__(self, items, image_size, classes=None, store=None):
         self.paths = [path for path, _ in items]
         self.classes = sorted({name for _, name in items}) if classes is None else classes
@@ -1052,7 +1033,6 @@ def random_crop_box(stream, height, width, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 
 
 def load_dataset(name: str, root=None, *, image_size: int | None = None, seed: int = 0):
     """(train, test) of a data set, split by class: no test class is seen in training.
-
     name: one of DATASETS; "inshop" looks queries up among themselves (EAT), "inshop-gallery" in
     `test.gallery`. root: its folder (default: environment DATA_ROOT, then "data"). image_size: side
     S of the views (224; 32 for generated sets, which depend on `seed`)."""
@@ -1144,8 +1124,7 @@ def _read_mat(path, field, folder):
     try:
         from scipy.io import loadmat
     except ImportError:
-        raise UserError(f"reading {path} needs scipy: pip install scipy, or use a layout with one "
-                        f"folder per class") from None
+        raise UserError(f"{path} needs scipy: pip install scipy, or one folder per class") from None
     return [(str(folder / str(row[field])), int(row["class"]))
             for row in loadmat(str(path), squeeze_me=True)["annotations"]]
 
@@ -1250,11 +1229,10 @@ def _glyphs(seed, size, classes=100, per_class=30):
     pixels = 0.03 * stream.standard_normal((count, 3, side * side), np.float32)
     pixels += (contrast + tint).astype(np.float32) * ink[:, None] + shading
     pixels += paper.astype(np.float32)
-    pixels = torch.from_numpy((pixels.clip(0, 1) * 255).round().astype(np.uint8))
-    pixels = pixels.view(count, 3, side, side)
+    pixels = (pixels.clip(0, 1) * 255).round().astype(np.uint8).reshape(count, 3, side, side)
     names = [f"drawing-{image // per_class:03d}" for image in range(count)]
     items = [(f"glyphs/{name}/{i % per_class:02d}", name) for i, name in enumerate(names)]
-    whole = ImageSet(items, size, store=pixels)
+    whole = ImageSet(items, size, store=torch.from_numpy(pixels))
     return whole.subset(range(count // 2)), whole.subset(range(count // 2, count))
 
 
@@ -1286,9 +1264,8 @@ def balanced_subset(dataset: ImageSet, count: int) -> ImageSet:
 
 # ---- batches ---------------------------------------------------------------------------------
 def class_balanced_batches(labels, batch_size, images_per_class, seed, epoch, purpose=BATCHES):
-    """P x K batches: P = batch_size / images_per_class distinct classes, K images of each. Images
-    are shuffled and dealt into groups of K; a batch draws P classes, likelier the more groups are
-    left, until fewer than P classes have any."""
+    """P x K batches: P distinct classes, K images of each. Images are dealt at random into groups
+    of K; a batch draws P classes, likelier the more groups are left, while P classes have any."""
     per_batch, rest = divmod(batch_size, images_per_class)
     stream, labels, groups = random_stream(seed, epoch, purpose), labels.numpy(), []
     for label in np.unique(labels):
@@ -1310,8 +1287,7 @@ def class_balanced_batches(labels, batch_size, images_per_class, seed, epoch, pu
 def pair_batches(labels: Tensor, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
     """Zhou & Patel's batches of pairs, [a0, p0, a1, p1, ...]: every image once as a, with a random
     other image of its class; who has none is left out. batch_size counts images and is even."""
-    stream = random_stream(seed, epoch, BATCHES)
-    labels = labels.numpy()
+    stream, labels = random_stream(seed, epoch, BATCHES), labels.numpy()
     order = np.argsort(labels, kind="stable")                    # class after class
     size, start = np.bincount(labels), np.searchsorted(labels[order], labels)
     place = np.argsort(order) - start                            # of an image within its class
@@ -1349,9 +1325,8 @@ def epoch_batches(args, labels: Tensor, epoch: int, *, batch_size=None, pool=Non
 def load_batches(dataset: ImageSet, batches, seed: int = 0, epoch: int = 0, *, augment: bool = True,
                  scale=(0.08, 1.0), workers: int = 0, device="cpu"):
     """Yield (images (B, 3, S, S) in [0, 1], labels (B,), indices (B,)) for each batch, the indices
-    on the CPU, because reading them there never waits for a GPU. augment: random views that depend
-    on (seed, epoch, image index) alone, not on `workers`, the threads that prepare the next two
-    batches; otherwise evaluation views."""
+    on the CPU, because reading them there never waits for a GPU. augment: random views, a function
+    of (seed, epoch, index); else evaluation views. workers: threads that prepare two batches."""
     def views(rows):
         return [dataset.random_view(i, random_stream(seed, epoch, AUGMENT, i), scale)
                 if augment else dataset.view(i) for i in rows.tolist()]
@@ -1427,14 +1402,11 @@ def base_parser(description=None) -> Parser:
     switch, count, parser = argparse.BooleanOptionalAction, number(int, 0), Parser(description)
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="glyphs", metavar="NAME", help=", ".join(DATASETS))
-    add("--data-root", default=os.environ.get("DATA_ROOT", "data"), metavar="DIR",
-        help="its folder (default: $DATA_ROOT, else data)")
+    add("--data-root", default=os.environ.get("DATA_ROOT", "data"), metavar="DIR", help="folder")
     add("--cache-gb", type=number(float, 0), default=4.0, metavar="GB", help="of resized images")
     add("--workers", type=number(int, 0, 256), default=2, metavar="N", help="loading threads")
-    add("--val-classes", type=count, default=0, metavar="N",
-        help="report on the last N training classes, held out: for tuning")
-    add("--limit-queries", type=count, default=0, metavar="N",
-        help="report on a fixed class-balanced subset of N images (0: all)")
+    add("--val-classes", type=count, default=0, metavar="N", help="tune on the last N train classes")
+    add("--limit-queries", type=count, default=0, metavar="N", help="fixed balanced subset (0: all)")
     add = parser.add_argument_group("model").add_argument
     add("--arch", choices=ARCHS, default="mobilenetv2", metavar="NAME", help=", ".join(ARCHS))
     add("--weights", metavar="{imagenet,none,FILE}", help="start (default: imagenet; convnet none)")
@@ -1466,8 +1438,7 @@ def base_parser(description=None) -> Parser:
     add("--amp", action=switch, default=False, help="bfloat16 for the backbone in training")
     add("--deterministic", action=switch, default=False, help="to the bit on a GPU, too (slower)")
     add("--out", metavar="DIR", help="folder (default: runs/METHOD-DATASET-ARCH-sSEED)")
-    add("--eval-every", type=count, default=0, metavar="E",
-        help="closing evaluation every E epochs, into log.jsonl (0: never)")
+    add("--eval-every", type=count, default=0, metavar="E", help="log scores so often (0: never)")
     return parser
 
 
