@@ -103,7 +103,6 @@ def _reduce(terms, reduction, kind):
 def mine_triplets(embeddings, labels, how: str, generator=None, *, anchors=None,
                   margin: float = 0.2, cutoffs=(0.5, 1.4), partners=None):
     """Draw one triplet per anchor: (a, p, n), row numbers int64 (T,).
-
     anchors: rows to use (None: every row). An anchor without another image of its class or without
     an image of another class is dropped, so T may be 0. The positive is uniform among the OTHER
     rows of the class (softhard excepted), the negative is
@@ -150,8 +149,9 @@ def mine_triplets(embeddings, labels, how: str, generator=None, *, anchors=None,
 
 def mine_pairs(embeddings, labels, source):
     """One triplet (a, p, n) per pair of pair_batches; p is the partner (softhard draws its own)."""
-    a, none = torch.arange(0, len(labels), 2, device=labels.device), (None, None)   # as the paper
-    return mine_triplets(embeddings, labels, source, anchors=a, partners=a + 1, cutoffs=none)
+    even = torch.arange(0, len(labels), 2, device=labels.device)
+    return mine_triplets(embeddings, labels, source, anchors=even, partners=even + 1,
+                         cutoffs=(None, None))                 # Zhou & Patel's have no cutoffs
 
 
 def _distance_weights(distance, dim, cutoffs):
@@ -169,7 +169,6 @@ def _distance_weights(distance, dim, cutoffs):
 def pgd(objective, images, eps: float, step_size: float, steps: int, random_start: bool = True,
         start=None):
     """Maximise objective(x) over ||x - images||_inf <= eps and x in [0, 1], by sign steps.
-
     Projected gradient ascent (Madry et al., ICLR 2018, Sec. 2.1). images (B, C, H, W) in [0, 1];
     eps and step_size in pixel values. objective: images -> one value per image, or one per tuple
     of images when tuples are stacked ([a; p; n] gives (B / 3,)); its sum is ascended. start: begin
@@ -1405,8 +1404,9 @@ def base_parser(description=None) -> Parser:
     add("--data-root", default=os.environ.get("DATA_ROOT", "data"), metavar="DIR", help="folder")
     add("--cache-gb", type=number(float, 0), default=4.0, metavar="GB", help="of resized images")
     add("--workers", type=number(int, 0, 256), default=2, metavar="N", help="loading threads")
-    add("--val-classes", type=count, default=0, metavar="N", help="tune on the last N train classes")
-    add("--limit-queries", type=count, default=0, metavar="N", help="fixed balanced subset (0: all)")
+    add("--val-classes", type=count, default=0, metavar="N", help="tune on last N training classes")
+    add("--limit-queries", type=count, default=0, metavar="N",
+        help="report on a fixed class-balanced subset of N images (0: all)")
     add = parser.add_argument_group("model").add_argument
     add("--arch", choices=ARCHS, default="mobilenetv2", metavar="NAME", help=", ".join(ARCHS))
     add("--weights", metavar="{imagenet,none,FILE}", help="start (default: imagenet; convnet none)")
@@ -1691,9 +1691,8 @@ class Run:
                   **(read_json(record) if record.exists() else {})}
         for flag, value in {"method": self.method, **vars(self.args)}.items():
             if flag not in MOVABLE and stored.get(flag) != value:
-                raise UserError(f"{self.folder} holds a run with --{flag.replace('_', '-')} "
-                                f"{stored.get(flag)}, not {value}: give that value, another --out, "
-                                f"or delete the folder to start again")
+                raise UserError(f"{self.folder} has --{flag.replace('_', '-')} {stored.get(flag)}, "
+                                f"not {value}: give that, another --out, or delete it to restart")
         load_run_data(self.args, checkpoint)
         return checkpoint
 
