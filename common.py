@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: MIT
 """What every script here shares, because a fair comparison needs it to be identical.
 
-Copy this file next to one method script and the script runs. In this order: losses and mining, pgd,
-metrics, inference by voting, the evaluation at the end of a training, networks, data, batches, the
-command line, and `Run`, the books of a training.
+Copy this file next to one method script and the script runs. In this order: losses, attack,
+metrics, evaluation, networks, data, batches, command line, and `Run`, the books of a training.
 
 Images are float (B, 3, S, S) in [0, 1]; the network normalises them itself, so an attack radius eps
 is a number of pixel values. Embeddings are unit vectors (B, D), distances are Euclidean on the unit
-sphere unless a docstring says otherwise, labels are int64, scores are floats in [0, 1].
-"""
+sphere unless a docstring says otherwise, labels are int64, scores are floats in [0, 1]."""
 
 import argparse
 import contextlib
@@ -65,11 +63,8 @@ def seed_torch(seed: int, epoch: int, purpose: int, index: int = 0) -> None:
 # ---- losses ----------------------------------------------------------------------------------
 def proxy_anchor_loss(embeddings, labels, proxies, margin: float = 0.1, scale: float = 32.0):
     """Proxy Anchor, Eq. (4) of Kim et al., CVPR 2020 (https://arxiv.org/abs/2003.13911).
-
-    embeddings (B, D) and proxies (C, D) of any norm, labels (B,) int64 in [0, C). margin: the
-    paper's delta, in cosine. scale: its alpha. Returns a scalar >= 0. As in the paper, a class that
-    is absent from the batch adds nothing to the pull and counts in the push.
-    """
+    embeddings (B, D) and proxies (C, D) of any norm, labels (B,). margin: its delta, in cosine.
+    scale: its alpha. A class absent from the batch adds nothing to the pull, but to the push."""
     cosine = F.normalize(embeddings, dim=1) @ F.normalize(proxies, dim=1).T           # (B, C)
     positive = F.one_hot(labels, len(proxies)).bool()                                  # (B, C)
     pull = (-scale * (cosine - margin)).masked_fill(~positive, -torch.inf).logsumexp(0)
@@ -80,9 +75,7 @@ def proxy_anchor_loss(embeddings, labels, proxies, margin: float = 0.1, scale: f
 
 def triplet_loss(anchor, positive, negative, margin: float = 0.2, reduction: str = "mean"):
     """max(0, d(a, p) - d(a, n) + margin) of embeddings (T, D); without triplets 0, with a graph.
-
-    reduction: "mean" over all triplets, or "nonzero": over the strictly positive terms.
-    """
+    reduction: "mean" over all triplets, or "nonzero": over the strictly positive terms."""
     terms = F.relu(euclidean(anchor, positive) - euclidean(anchor, negative) + margin)
     return _reduce(terms, reduction, torch.ones_like(terms, dtype=torch.bool))
 
@@ -110,7 +103,6 @@ def _reduce(terms, reduction, kind):
 def mine_triplets(embeddings, labels, how: str, generator=None, *, anchors=None,
                   margin: float = 0.2, cutoffs=(0.5, 1.4), partners=None):
     """Draw one triplet per anchor: (a, p, n), row numbers int64 (T,).
-
     anchors: rows to use (None: every row). An anchor without another image of its class or without
     an image of another class is dropped, so T may be 0. The positive is uniform among the OTHER
     rows of the class (softhard excepted), the negative is
@@ -123,8 +115,7 @@ def mine_triplets(embeddings, labels, how: str, generator=None, *, anchors=None,
         hardest   the nearest one
 
     cutoffs: distances below the first count as it; negatives beyond the second are left out unless
-    none is nearer; None switches either off. partners: the anchors' positives (softhard draws).
-    """
+    none is nearer; None switches either off. partners: the anchors' positives (softhard draws)."""
     rows = torch.arange(len(labels), device=labels.device)
     anchors = rows if anchors is None else anchors.to(labels.device)
     same = labels[anchors, None] == labels                                             # (A, B)
@@ -167,9 +158,8 @@ def _distance_weights(distance, dim, cutoffs):
     """Weights 1 / q(d) of the negatives, by row, q(d) ~ d^(dim - 2) (1 - d^2 / 4)^((dim - 3) / 2)
     being the density of distances on the sphere; distance (T, B) is inf where not a negative."""
     low, high = cutoffs
-    allowed = distance < (torch.inf if high is None else high)
-    allowed = torch.where(allowed.any(1, keepdim=True), allowed,
-                          distance == distance.amin(1, keepdim=True))
+    high = torch.inf if high is None else high
+    allowed = (distance < high) | (distance == distance.amin(1, keepdim=True))
     d = distance.double().clamp(max(low or 0, 1e-4), 1.99)
     log_weight = (2 - dim) * d.log() - (dim - 3) / 2 * torch.log1p(-d.square() / 4)
     return log_weight.masked_fill(~allowed, -torch.inf).softmax(1)       # by row: no underflow
@@ -179,13 +169,11 @@ def _distance_weights(distance, dim, cutoffs):
 def pgd(objective, images, eps: float, step_size: float, steps: int, random_start: bool = True,
         start=None):
     """Maximise objective(x) over ||x - images||_inf <= eps and x in [0, 1], by sign steps.
-
     Projected gradient ascent (Madry et al., ICLR 2018, Sec. 2.1). images (B, C, H, W) in [0, 1];
     eps and step_size in pixel values. objective: images -> one value per image, or one per tuple
     of images when tuples are stacked ([a; p; n] gives (B / 3,)); its sum is ascended. start: begin
     here (projected) instead of uniformly at random in the ball (random_start) or at the images.
-    Returns images in [0, 1], detached. The model's mode is the caller's: `with frozen(model):`.
-    """
+    Returns images in [0, 1], detached. The model's mode is the caller's: `with frozen(model):`."""
     images = images.detach()
     lower, upper = (images - eps).clamp(min=0), (images + eps).clamp(max=1)
     x = images if start is None else start.detach()
@@ -223,11 +211,9 @@ def nearness(rows, points, half_norm, out):
 def similarities(embeddings, labels, gallery=None, gallery_labels=None):
     """Yield (rows (b,), similarity (b, N), best (b,)) for one chunk of queries after another, small
     classes first; the next chunk overwrites similarity.
-
     similarity orders candidates as the Euclidean distance does: x.y - |y|^2 / 2. Those of the
     query's class are lowered by the last bit, so that they lose every tie; best is the highest of
-    them (-inf: none). The query itself is -inf. NaN counts against the query.
-    """
+    them (-inf: none). The query itself is -inf. NaN counts against the query."""
     embeddings = embeddings.detach()
     gallery = embeddings if gallery is None else gallery.detach()
     names = labels if gallery_labels is None else gallery_labels
@@ -297,12 +283,10 @@ def ranking_scores(embeddings, labels, ks, gallery=None, gallery_labels=None, pr
 @torch.no_grad()
 def recall_at_k(embeddings, labels, ks=(1, 2, 4, 8), gallery=None, gallery_labels=None):
     """Recall@K: the share of queries with a same-class item among their K nearest candidates.
-
     embeddings (n, D), labels (n,). gallery None: leave-one-out. gallery without gallery_labels: the
     same images in the same order (template matching), row i is not a candidate of query i; with
     them another set. Ties count against the query: a hit needs fewer than K candidates of other
-    classes at least as near as the nearest of its own. Without one: a miss. -> {K: share}.
-    """
+    classes at least as near as the nearest of its own. Without one: a miss. -> {K: share}."""
     hit, _ = ranking_scores(embeddings, labels, ks, gallery, gallery_labels, precision=False)
     return {k: count / max(len(labels), 1) for k, count in zip(ks, hit.sum(0).tolist())}
 
@@ -310,9 +294,7 @@ def recall_at_k(embeddings, labels, ks=(1, 2, 4, 8), gallery=None, gallery_label
 @torch.no_grad()
 def map_at_r(embeddings, labels, gallery=None, gallery_labels=None) -> float:
     """mAP@R (Musgrave et al., ECCV 2020): the mean of AP@R = 1/R sum_{k<=R} precision@k * rel_k.
-
-    R: how many candidates of its class a query has; R = 0 is left out. Else as in recall_at_k.
-    """
+    R: how many candidates of its class a query has; R = 0 is left out. Else as in recall_at_k."""
     average = ranking_scores(embeddings, labels, (), gallery, gallery_labels)[1]
     return float(average.sum() / (candidate_counts(labels, gallery_labels) > 0).sum().clamp(min=1))
 
@@ -421,21 +403,17 @@ def pairwise_f1(labels: Tensor, clusters: Tensor) -> float:
 
 
 def vote_labels(votes: Tensor) -> Tensor:
-    """Plurality over the first dimension, the N members: (N, ...) labels -> (...) labels.
-
-    Among tied labels the one whose first voter comes first: [A, B, B, C, C] -> B, [A, B, C] -> A.
-    """
+    """Plurality over the first dimension, the N members: (N, ...) labels -> (...) labels. Among
+    tied labels the one whose first voter comes first: [A, B, B, C, C] -> B, [A, B, C] -> A."""
     agreeing = torch.stack([(votes == own).sum(0, dtype=torch.uint8) for own in votes])
     return votes.gather(0, agreeing.argmax(0, keepdim=True))[0]          # argmax: the first maximum
 
 
 @torch.no_grad()
 def vote_clusters(assignments: Tensor, clusters: int) -> Tensor:
-    """One clustering (n,) out of the N members', assignments (N, n) of ids below `clusters`.
-
-    The ids are renamed after the member that agrees best with the others (highest mean NMI), the
-    largest overlap first. Then the plurality decides, image by image; ties go to that member.
-    """
+    """One clustering (n,) out of the N members', assignments (N, n) of ids below `clusters`. The
+    ids are renamed after the member that agrees best with the others (highest mean NMI), the
+    largest overlap first. Then the plurality decides, image by image; ties go to that member."""
     assignments = assignments.cpu()
     agreement = [sum(nmi(ids, others) for others in assignments) for ids in assignments]
     first = int(np.argmax(agreement))
@@ -454,8 +432,7 @@ def vote_clusters(assignments: Tensor, clusters: int) -> Tensor:
 
 
 def vote_ranking(embeddings, labels, ks, gallery=None, gallery_labels=None):
-    """ranking_scores of a list whose place j carries the label that most members' j-th neighbours
-    have."""
+    """ranking_scores of one list: place j has the label of most members' j-th neighbours."""
     count = candidate_counts(labels, gallery_labels)
     names = labels if gallery_labels is None else gallery_labels
     depth = min(max(int(count.max()), *ks), len(names) - int(gallery_labels is None))
@@ -481,22 +458,16 @@ PROTOCOLS = {"clustering": {"objective": "shift", "eps": 8 / 255, "step": 1 / 4,
 @torch.no_grad()
 def embed(models, batches) -> list[Tensor]:
     """The embeddings (n, D) of every model, in the order of the batches; evaluation mode."""
-    outputs = [[] for _ in models]
     with frozen(*models):
-        for images, _, _ in batches:
-            for output, model in zip(outputs, models):
-                output.append(model(images).float())
-    return [torch.cat(output) for output in outputs]
+        outputs = [[model(images).float() for model in models] for images, _, _ in batches]
+    return [torch.cat(parts) for parts in zip(*outputs)]
 
 
 class Attack(NamedTuple):
     """The numbers of one attack, as they stand in results.json.
-
     protocol "clustering": every image is attacked and compared with attacked images (EAT);
     "template": queries are attacked, the gallery is clean (Panum et al., Algorithm 1). objective:
-    what is maximised. against: which embeddings of an ensemble it reads. eps, step: pixel values.
-    """
-
+    what is maximised. against: what of an ensemble it reads. eps, step: pixel values."""
     protocol: str = "clustering"
     objective: str = "shift"
     attack: str = "pgd"
@@ -522,13 +493,10 @@ def protocol_attack(protocol: str, eps: float | None = None, seed: int = 0) -> A
 
 class Retrieval:
     """Networks, the queries that they embed, and where these are looked up.
-
     batches: a function that returns a fresh iterator of (images, labels, rows) in order. labels
     (n,): of all queries. gallery_batches and gallery_labels: another set to look them up in.
     clean: [(n, D)], the queries' embeddings, one per model. gallery: [(N, D)], the candidates', or
-    None where queries look each other up. names (N,): the labels of the candidates.
-    """
-
+    None where queries look each other up. names (N,): the labels of the candidates."""
     def __init__(self, models, batches, labels, ks=(1, 2, 4, 8), gallery_batches=None,
                  gallery_labels=None):
         self.models, self.batches, self.labels, self.ks = models, batches, labels, ks
@@ -539,12 +507,10 @@ class Retrieval:
 
     def attacked(self, attack, value, *, reads=None, only=None, craft=None, batches=None):
         """The embeddings [(n, D)] of the queries after ONE attack on all networks.
-
         value([(B, D)], rows) -> (B,) is maximised; of several restarts the highest is kept, image
         by image. reads: the networks that value reads (None: all); it gets None of the others.
         only: bool (n,), the queries to attack. craft(objective, images, rows, start) -> images:
-        how, if not by PGD from a uniform start. batches: attack these in place of the queries.
-        """
+        how, if not by PGD from a uniform start. batches: attack these in place of the queries."""
         moved, places = [[] for _ in self.models], []
         cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices=cuda), frozen(*self.models):
@@ -553,7 +519,6 @@ class Retrieval:
                 def objective(x, rows=rows):
                     return value([model(x) if reads is None or i in reads else None
                                   for i, model in enumerate(self.models)], rows)
-
                 best = highest = None
                 for restart in range(attack.restarts):       # the same start whatever their number
                     seed_torch(attack.seed, restart, EVALUATE, number)
@@ -604,12 +569,10 @@ class Retrieval:
 
     def score(self, embeddings, gallery=None, *, seed=0, clustering=True) -> dict[str, dict]:
         """{inference rule: {metric: score, "hits": bits}} of embeddings of the queries [(n, D)].
-
         gallery: [(N, D)]; None: the queries look each other up. Rules: member_1 ...; of an ensemble
         also vote, member_mean (the mean of the members' scores), concat (concatenated embeddings)
-        and mean (their normalised average). hits: the queries that are right at rank 1, as
-        hexadecimal bits. clustering False: no NMI, AMI and F1.
-        """
+        and mean (their normalised average). hits: the queries right at rank 1, as hexadecimal bits.
+        clustering False: no NMI, AMI and F1."""
         labels, clusters, assigned = self.labels, len(self.labels.unique()), {}
         for rule, (queries, _) in rule_spaces(embeddings).items() if clustering else ():
             assigned[rule] = kmeans(queries, clusters, seed).cpu()
@@ -645,8 +608,7 @@ def with_member_mean(scores) -> dict[str, dict]:
     members = [row for rule, row in scores.items() if rule.startswith("member_")]
     mean = {metric: float(np.mean([row[metric] for row in members])) for metric, score in
             members[0].items() if isinstance(score, float)}
-    return scores if len(members) == 1 else {
-        "vote": scores["vote"], "member_mean": mean, **scores}
+    return scores if len(members) == 1 else {"vote": scores["vote"], "member_mean": mean, **scores}
 
 
 def unpack(hits: str, count: int) -> np.ndarray:
@@ -656,8 +618,7 @@ def unpack(hits: str, count: int) -> np.ndarray:
 
 def rule_spaces(embeddings, gallery=None) -> dict[str, tuple]:
     """{rule: (embeddings, gallery or None)} of the rules that look neighbours up in one space."""
-    spaces = {f"member_{i + 1}": (queries, gallery and gallery[i])
-              for i, queries in enumerate(embeddings)}
+    spaces = {f"member_{i + 1}": (own, gallery and gallery[i]) for i, own in enumerate(embeddings)}
     if len(embeddings) > 1:
         for name, combine in (("concat", lambda parts: torch.cat(parts, 1) / len(parts) ** 0.5),
                               ("mean", lambda parts: F.normalize(sum(parts), dim=1))):
@@ -674,10 +635,8 @@ def shift(retrieval, references=None):
 
 def neighbour(retrieval, itself=False):
     """(value, only): away from the clean nearest neighbour; Algorithm 1 of Panum et al.
-
     only: bool (n,), the queries to attack: a neighbour has their label. A member whose neighbour is
-    right adds its distance. itself: away from the own clean embedding (the authors' code).
-    """
+    right adds its distance. itself: away from the own clean embedding (the authors' code)."""
     targets, right = [], []
     for i, clean in enumerate(retrieval.clean):
         gallery = clean if retrieval.gallery is None else retrieval.gallery[i]
@@ -695,14 +654,13 @@ def neighbour(retrieval, itself=False):
 
 def retrieval_of(models, dataset, *, ks=(1, 2, 4, 8), batch_size=128, workers=0, device="cpu"):
     """The Retrieval of an ImageSet and its gallery. An attack's starts follow the batches."""
-    def batches_of(images):
+    def labelled(images):
         order = torch.arange(len(images)).split(batch_size)
-        return lambda: progress(load_batches(images, order, augment=False, workers=workers,
-                                             device=device), "evaluating", len(order))
-
-    gallery = () if dataset.gallery is None else (batches_of(dataset.gallery),
-                                                  dataset.gallery.labels.to(device))
-    return Retrieval(models, batches_of(dataset), dataset.labels.to(device), ks, *gallery)
+        return (lambda: progress(load_batches(images, order, augment=False, workers=workers,
+                                              device=device), "evaluating", len(order)),
+                images.labels.to(device))
+    gallery = () if dataset.gallery is None else labelled(dataset.gallery)
+    return Retrieval(models, *labelled(dataset), ks, *gallery)
 
 
 def clean_scores(retrieval, seed) -> dict:
@@ -757,8 +715,7 @@ def evaluate(models, dataset, attacks, *, ks=(1, 2, 4, 8), seed=0, workers=0, de
 
 def percent(scores) -> dict[str, str]:
     """The scores of one rule as a table shows them, in percent."""
-    return {name: f"{100 * score:.1f}" for name, score in scores.items()
-            if isinstance(score, float)}
+    return {key: f"{100 * score:.1f}" for key, score in scores.items() if isinstance(score, float)}
 
 
 def format_table(rows) -> str:
@@ -849,39 +806,34 @@ class BNInception(nn.Module):
         self.add_module(name, nn.Conv2d(channels, out, kernel, stride, kernel // 2))
         self.add_module(name + "_bn", nn.BatchNorm2d(out))
 
-    def _run(self, maps, *names, block=""):
+    def _run(self, maps, block, *names):
         for name in names:
-            name = f"inception_{block}_{name}" if block else name
-            maps = F.relu(getattr(self, name + "_bn")(getattr(self, name)(maps)))
+            maps = F.relu(getattr(self, f"{block}{name}_bn")(getattr(self, block + name)(maps)))
         return maps
 
     def forward(self, maps):
         # ceil_mode in every pooling: Caffe rounds sizes up.
-        maps = F.max_pool2d(self._run(maps, "conv1_7x7_s2"), 3, 2, ceil_mode=True)
-        maps = self._run(maps, "conv2_3x3_reduce", "conv2_3x3")
+        maps = F.max_pool2d(self._run(maps, "conv1_", "7x7_s2"), 3, 2, ceil_mode=True)
+        maps = self._run(maps, "conv2_", "3x3_reduce", "3x3")
         maps = F.max_pool2d(maps, 3, 2, ceil_mode=True)
         for block, (_, one, _, _, pool, _) in self.BLOCKS.items():
-            out = [self._run(maps, "1x1", block=block)] if one else []
-            out.append(self._run(maps, "3x3_reduce", "3x3", block=block))
-            out.append(self._run(maps, "double_3x3_reduce", "double_3x3_1", "double_3x3_2",
-                                 block=block))
+            block = f"inception_{block}_"
+            out = [self._run(maps, block, "1x1")] if one else []
+            out.append(self._run(maps, block, "3x3_reduce", "3x3"))
+            out.append(self._run(maps, block + "double_", "3x3_reduce", "3x3_1", "3x3_2"))
             pooled = F.avg_pool2d(maps, 3, 1, 1, ceil_mode=True) if pool == "avg" else \
                 F.max_pool2d(maps, 3, 1 if one else 2, 1 if one else 0, ceil_mode=True)
-            out.append(self._run(pooled, "pool_proj", block=block) if one else pooled)
+            out.append(self._run(pooled, block, "pool_proj") if one else pooled)
             maps = torch.cat(out, 1)
         return maps
 
 
 def build_model(arch: str, embedding_dim: int = 128, weights: str = "none") -> EmbeddingModel:
     """A network from [0, 1] images (B, 3, S, S) to unit embeddings (B, embedding_dim).
-
     arch: one of ARCHS. weights: "imagenet" (torchvision's IMAGENET1K_V1, downloaded once), "none"
-    or a file of ImageNet weights. convnet and bninception add the maximum of a feature map to its
-    average (Proxy Anchor's head).
-    """
+    or a file. convnet and bninception add a map's maximum to its average (Proxy Anchor's head)."""
     if arch not in ARCHS:
         raise UserError(f"unknown --arch {arch!r}: choose one of {', '.join(ARCHS)}")
-    state = None if weights == "none" else pretrained(arch, weights)
     if arch in TORCHVISION:
         layers = OrderedDict(torchvision.models.get_model(TORCHVISION[arch]).named_children())
         head = layers.popitem()[1]
@@ -890,8 +842,8 @@ def build_model(arch: str, embedding_dim: int = 128, weights: str = "none") -> E
         backbone = nn.Sequential(layers)                             # keeps torchvision's names
     else:
         backbone, channels = (BNInception(), 1024) if arch == "bninception" else _convnet()
-    if state is not None:
-        load_weights(backbone, state, arch, weights)
+    if weights != "none":
+        load_weights(backbone, arch, weights)
     model = EmbeddingModel(backbone, channels, embedding_dim, caffe=arch == "bninception",
                            pool="avg" if arch in TORCHVISION else "avgmax")
     return model.to(memory_format=torch.channels_last)               # faster convolutions
@@ -922,10 +874,10 @@ def pretrained(arch, weights):
     return state
 
 
-def load_weights(network, state, arch, weights):
-    """Load a state dict, with or without its classifier, into a backbone."""
+def load_weights(network, arch, weights):
+    """Load the tensors of `pretrained`, with or without a classifier, into a backbone."""
     expected = network.state_dict()
-    state = {name: value for name, value in state.items()
+    state = {name: value for name, value in pretrained(arch, weights).items()
              if not name.startswith(("classifier.", "fc.", "last_linear."))}
     for name, value in expected.items():
         if name.endswith("num_batches_tracked"):          # absent in files of old torch versions
@@ -943,17 +895,13 @@ def load_weights(network, state, arch, weights):
 @contextlib.contextmanager
 def frozen(*models):
     """Evaluation mode and no gradients of parameters inside the `with`, where attacks are made."""
-    modules = [module for model in models if isinstance(model, nn.Module)
-               for module in model.modules()]
-    training = [module for module in modules if getattr(module, "training", False)]
-    parameters = [parameter for module in modules for parameter in module.parameters(recurse=False)
-                  if parameter.requires_grad]
+    modules = [part for model in models if isinstance(model, nn.Module) for part in model.modules()]
+    switched = [(module, "training") for module in modules if getattr(module, "training", False)]
+    switched += [(parameter, "requires_grad") for module in modules
+                 for parameter in module.parameters(recurse=False) if parameter.requires_grad]
     def switch(on):
-        for module in training:
-            module.training = on
-        for parameter in parameters:
-            parameter.requires_grad_(on)
-
+        for owner, name in switched:
+            setattr(owner, name, on)
     switch(False)
     try:
         yield
@@ -970,8 +918,7 @@ def train_mode(model: nn.Module, freeze_bn: bool) -> None:
 
 
 def load_model(path, device="cpu") -> list[nn.Module]:
-    """The members of a run, in eval mode on `device`. path: its folder, its last.pt, or the content
-    of one, as load_checkpoint returns it."""
+    """The members of a run in eval mode. path: its folder, its last.pt or what is in that file."""
     checkpoint, members = path if isinstance(path, dict) else load_checkpoint(path), []
     try:
         for state in checkpoint["members"]:
@@ -1000,18 +947,15 @@ DATASETS = (*GENERATED, *OFFICIAL, "folder")
 
 class ImageSet:
     """The images of one split: `len()`, `.labels` (int64), `.paths`, `.classes`, `[i]`.
-
     `[i]` is the evaluation view of image i, (float (3, S, S) in [0, 1], int label): shorter side
     resized to R = round(256 * S / 224), centre S x S crop; square: the whole image squashed to
     R x R. flip: mirror training views at random. gallery: the set to look these images up in.
-    store: uint8 (n, 3, R, R) of a generated set, otherwise images are read from `paths`.
-    """
-
-    def __init__(self, paths, names, image_size, classes=None, store=None):
-        self.paths = [str(path) for path in paths]
-        self.classes = sorted(set(names)) if classes is None else list(classes)
+    store: uint8 (n, 3, R, R) of a generated set, otherwise images are read from `paths`."""
+    def __init__(self, items, image_size, classes=None, store=None):
+        self.paths = [path for path, _ in items]
+        self.classes = sorted({name for _, name in items}) if classes is None else classes
         index = {name: i for i, name in enumerate(self.classes)}
-        self.labels = torch.tensor([index[name] for name in names], dtype=torch.int64)
+        self.labels = torch.tensor([index[name] for _, name in items], dtype=torch.int64)
         self.image_size, self.resized = image_size, round(256 * image_size / 224)
         self.store, self.generated = store, store is not None         # of uint8 (3, h, w)
         self.square, self.flip, self.gallery, self.limited = False, not self.generated, None, False
@@ -1088,11 +1032,9 @@ def random_crop_box(stream, height, width, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 
 
 def load_dataset(name: str, root=None, *, image_size: int | None = None, seed: int = 0):
     """(train, test) of a data set, split by class: no test class is seen in training.
-
     name: one of DATASETS; "inshop" looks queries up among themselves (EAT), "inshop-gallery" in
     `test.gallery`. root: its folder (default: environment DATA_ROOT, then "data"). image_size: side
-    S of the views (224; 32 for generated sets, which depend on `seed`).
-    """
+    S of the views (224; 32 for generated sets, which depend on `seed`)."""
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
     size = image_size or (32 if name in GENERATED else 224)
@@ -1126,10 +1068,9 @@ def load_dataset(name: str, root=None, *, image_size: int | None = None, seed: i
     if expected and counts != expected:
         warnings.warn(f"{name} has {counts} images, expected {expected}: a classification split, a "
                       f"half-unpacked archive or files of something else?", stacklevel=2)
-    sides = [([path for path, _ in items], [label for _, label in items]) for items in lists]
-    classes = sorted({label for _, labels in sides[1:] for label in labels})
-    train, test, *gallery = ImageSet(*sides[0], size), *(      # query and gallery share the labels
-        ImageSet(*side, size, classes=classes) for side in sides[1:])
+    classes = sorted({name for items in lists[1:] for _, name in items})
+    train, test, *gallery = ImageSet(lists[0], size), *(       # query and gallery share the labels
+        ImageSet(items, size, classes) for items in lists[1:])
     test.gallery = gallery[0] if gallery else None
     return train, test
 
@@ -1182,8 +1123,7 @@ def _read_mat(path, field, folder):
     try:
         from scipy.io import loadmat
     except ImportError:
-        raise UserError(f"reading {path} needs scipy: pip install scipy, or use a layout with one "
-                        f"folder per class") from None
+        raise UserError(f"{path} needs scipy: pip install scipy, or one folder per class") from None
     return [(str(folder / str(row[field])), int(row["class"]))
             for row in loadmat(str(path), squeeze_me=True)["annotations"]]
 
@@ -1215,11 +1155,9 @@ def _list_sop(name, folders):
     for lists, images in [pair for folder in folders for pair in (
             (folder, folder), (folder / "Info_Files", folder / "images"))]:
         if (lists / "Ebay_train.txt").is_file():
-            halves = [(lists / file).read_text().splitlines()[1:]
-                      for file in ("Ebay_train.txt", "Ebay_test.txt")]
-            halves = [[line.split() for line in half if line.strip()] for half in halves]
-            return [[(str(images / path), f"{int(number):05d}") for _, number, _, path in half]
-                    for half in halves]
+            halves = [(lists / f"Ebay_{side}.txt").read_text().splitlines()[1:] for side in SIDES]
+            return [[(str(images / path), f"{int(number):05d}") for _, number, _, path in
+                     filter(None, map(str.split, half))] for half in halves]
 
 
 def _list_inshop(name, folders):
@@ -1271,7 +1209,6 @@ def _glyphs(seed, size, classes=100, per_class=30):
     curve = curve.astype(np.float32)
     start, end = curve[:, :, :-1].reshape(count, -1, 2), curve[:, :, 1:].reshape(count, -1, 2)
     width = stream.uniform(0.05, 0.11, (count, 1)).astype(np.float32)
-
     axis = np.linspace(-1, 1, side, dtype=np.float32)
     grid = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)     # (side * side, 2), x then y
     along = end - start
@@ -1291,13 +1228,11 @@ def _glyphs(seed, size, classes=100, per_class=30):
     pixels = 0.03 * stream.standard_normal((count, 3, side * side), np.float32)
     pixels += (contrast + tint).astype(np.float32) * ink[:, None] + shading
     pixels += paper.astype(np.float32)
-    pixels = torch.from_numpy((pixels.clip(0, 1) * 255).round().astype(np.uint8))
-    pixels = pixels.view(count, 3, side, side)
+    pixels = (pixels.clip(0, 1) * 255).round().astype(np.uint8).reshape(count, 3, side, side)
     names = [f"drawing-{image // per_class:03d}" for image in range(count)]
-    paths = [f"glyphs/{name}/{image % per_class:02d}" for image, name in enumerate(names)]
-    half = count // 2
-    return (ImageSet(paths[:half], names[:half], size, store=pixels[:half]),
-            ImageSet(paths[half:], names[half:], size, store=pixels[half:]))
+    items = [(f"glyphs/{name}/{i % per_class:02d}", name) for i, name in enumerate(names)]
+    whole = ImageSet(items, size, store=torch.from_numpy(pixels))
+    return whole.subset(range(count // 2)), whole.subset(range(count // 2, count))
 
 
 def _gaussian(seed, size):
@@ -1309,12 +1244,10 @@ def _gaussian(seed, size):
     pixels = stream.normal(size=(1024, 3, side, side), scale=0.025).astype(np.float32)
     pixels = ((pixels + mean[:, None, None, None]).clip(0, 1) * 255).round().astype(np.uint8)
     order = stream.permutation(1024)
-    halves = []
-    for rows in (np.sort(order[:508]), np.sort(order[508:])):
-        names = [f"mean-{mean[row]:.2f}" for row in rows]
-        halves.append(ImageSet([f"gaussian/{name}/{row:04d}" for row, name in zip(rows, names)],
-                               names, size, store=torch.from_numpy(pixels[rows])))
-    return halves[0], halves[1]
+    names = [f"mean-{value:.2f}" for value in mean]
+    items = [(f"gaussian/{name}/{row:04d}", name) for row, name in enumerate(names)]
+    whole = ImageSet(items, size, store=torch.from_numpy(pixels))
+    return whole.subset(np.sort(order[:508])), whole.subset(np.sort(order[508:]))
 
 
 def balanced_subset(dataset: ImageSet, count: int) -> ImageSet:
@@ -1330,9 +1263,8 @@ def balanced_subset(dataset: ImageSet, count: int) -> ImageSet:
 
 # ---- batches ---------------------------------------------------------------------------------
 def class_balanced_batches(labels, batch_size, images_per_class, seed, epoch, purpose=BATCHES):
-    """P x K batches: P = batch_size / images_per_class distinct classes, K images of each. Images
-    are shuffled and dealt into groups of K; a batch draws P classes, likelier the more groups are
-    left, until fewer than P classes have any."""
+    """P x K batches: P distinct classes, K images of each. Images are dealt at random into groups
+    of K; a batch draws P classes, likelier the more groups are left, while P classes have any."""
     per_batch, rest = divmod(batch_size, images_per_class)
     stream, labels, groups = random_stream(seed, epoch, purpose), labels.numpy(), []
     for label in np.unique(labels):
@@ -1342,8 +1274,7 @@ def class_balanced_batches(labels, batch_size, images_per_class, seed, epoch, pu
     left = np.array([len(group) for group in groups])
     if rest or not 0 < per_batch <= (left > 0).sum():
         raise UserError(f"a batch of {batch_size} needs {per_batch} classes of {images_per_class} "
-                        f"images, the data has {(left > 0).sum()} such classes: change --batch-size"
-                        f" or --images-per-class")
+                        f"images, not {(left > 0).sum()}: change --batch-size, --images-per-class")
     batches = []
     while (left > 0).sum() >= per_batch:
         drawn = stream.choice(len(left), per_batch, replace=False, p=left / left.sum())
@@ -1355,8 +1286,7 @@ def class_balanced_batches(labels, batch_size, images_per_class, seed, epoch, pu
 def pair_batches(labels: Tensor, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
     """Zhou & Patel's batches of pairs, [a0, p0, a1, p1, ...]: every image once as a, with a random
     other image of its class; who has none is left out. batch_size counts images and is even."""
-    stream = random_stream(seed, epoch, BATCHES)
-    labels = labels.numpy()
+    stream, labels = random_stream(seed, epoch, BATCHES), labels.numpy()
     order = np.argsort(labels, kind="stable")                    # class after class
     size, start = np.bincount(labels), np.searchsorted(labels[order], labels)
     place = np.argsort(order) - start                            # of an image within its class
@@ -1387,30 +1317,24 @@ def epoch_batches(args, labels: Tensor, epoch: int, *, batch_size=None, pool=Non
                                          args.images_per_class, args.seed, epoch, purpose)
     else:
         order = random_stream(args.seed, epoch, purpose).permutation(len(pool))
-        batches = torch.from_numpy(order).split(size)
-        batches = batches[:-1] if len(batches) > 1 and len(batches[-1]) < size else batches
+        batches = torch.from_numpy(order[:max(len(pool) // size, 1) * size]).split(size)
     return [pool[batch] for batch in batches]
 
 
 def load_batches(dataset: ImageSet, batches, seed: int = 0, epoch: int = 0, *, augment: bool = True,
                  scale=(0.08, 1.0), workers: int = 0, device="cpu"):
     """Yield (images (B, 3, S, S) in [0, 1], labels (B,), indices (B,)) for each batch, the indices
-    on the CPU, because reading them there never waits for a GPU. augment: random views that depend
-    on (seed, epoch, image index) alone, not on `workers`, the threads that prepare the next two
-    batches; otherwise evaluation views."""
+    on the CPU, because reading them there never waits for a GPU. augment: random views, a function
+    of (seed, epoch, index); else evaluation views. workers: threads that prepare two batches."""
     def views(rows):
-        if augment:
-            return [dataset.random_view(i, random_stream(seed, epoch, AUGMENT, i), scale)
-                    for i in rows.tolist()]
-        return [dataset.view(i) for i in rows.tolist()]
-
+        return [dataset.random_view(i, random_stream(seed, epoch, AUGMENT, i), scale)
+                if augment else dataset.view(i) for i in rows.tolist()]
     def finish(parts, batch):
         images = torch.stack([image for part in parts for image in part])
         images = images.pin_memory() if torch.device(device).type == "cuda" else images
         images = images.to(device, non_blocking=True).float().div_(255)
         return (images.contiguous(memory_format=torch.channels_last),      # faster than of bytes
                 dataset.labels[batch].to(device, non_blocking=True), batch)
-
     # One thread a worker, because with more threads than cores a network takes twice the time.
     threads, waiting = torch.get_num_threads(), deque()
     pool = ThreadPoolExecutor(max(workers, 1), initializer=torch.set_num_threads, initargs=(1,))
@@ -1477,18 +1401,15 @@ def base_parser(description=None) -> Parser:
     switch, count, parser = argparse.BooleanOptionalAction, number(int, 0), Parser(description)
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="glyphs", metavar="NAME", help=", ".join(DATASETS))
-    add("--data-root", default=os.environ.get("DATA_ROOT", "data"), metavar="DIR",
-        help="its folder (default: $DATA_ROOT, else data)")
+    add("--data-root", default=os.environ.get("DATA_ROOT", "data"), metavar="DIR", help="folder")
     add("--cache-gb", type=number(float, 0), default=4.0, metavar="GB", help="of resized images")
     add("--workers", type=number(int, 0, 256), default=2, metavar="N", help="loading threads")
-    add("--val-classes", type=count, default=0, metavar="N",
-        help="report on the last N training classes, held out: for tuning")
+    add("--val-classes", type=count, default=0, metavar="N", help="tune on last N training classes")
     add("--limit-queries", type=count, default=0, metavar="N",
         help="report on a fixed class-balanced subset of N images (0: all)")
     add = parser.add_argument_group("model").add_argument
     add("--arch", choices=ARCHS, default="mobilenetv2", metavar="NAME", help=", ".join(ARCHS))
-    add("--weights", metavar="{imagenet,none,FILE}",
-        help="start of the backbone (default: imagenet; convnet: none)")
+    add("--weights", metavar="{imagenet,none,FILE}", help="start (default: imagenet; convnet none)")
     add("--embedding-dim", type=number(int, 1), default=128, metavar="D", help="of the last layer")
     add("--image-size", type=number(int, 16, 4096), default=224, metavar="S",
         help="side of the input; test images: Resize(256 S / 224), crop")
@@ -1501,8 +1422,7 @@ def base_parser(description=None) -> Parser:
     add("--warmup-epochs", type=count, metavar="N",
         help="first train head and proxies alone (default: 1; without weights 0)")
     add("--batch-size", type=number(int, 1), default=120, metavar="B", help="images a network sees")
-    add("--images-per-class", type=count, default=0, metavar="K",
-        help="class-balanced batches, K images of a class (0: plain shuffle)")
+    add("--images-per-class", type=count, default=0, metavar="K", help="in a batch (0: shuffled)")
     add("--lr", type=number(float, 0, 1e3), default=1e-4, help="learning rate")
     add("--weight-decay", type=number(float, 0), default=1e-4, metavar="W", help="of Adam, AdamW")
     add = parser.add_argument_group("attack (l_inf, pixel values in [0, 1])").add_argument
@@ -1518,8 +1438,7 @@ def base_parser(description=None) -> Parser:
     add("--amp", action=switch, default=False, help="bfloat16 for the backbone in training")
     add("--deterministic", action=switch, default=False, help="to the bit on a GPU, too (slower)")
     add("--out", metavar="DIR", help="folder (default: runs/METHOD-DATASET-ARCH-sSEED)")
-    add("--eval-every", type=count, default=0, metavar="E",
-        help="closing evaluation every E epochs, into log.jsonl (0: never)")
+    add("--eval-every", type=count, default=0, metavar="E", help="log scores so often (0: never)")
     return parser
 
 
@@ -1772,9 +1691,8 @@ class Run:
                   **(read_json(record) if record.exists() else {})}
         for flag, value in {"method": self.method, **vars(self.args)}.items():
             if flag not in MOVABLE and stored.get(flag) != value:
-                raise UserError(f"{self.folder} holds a run with --{flag.replace('_', '-')} "
-                                f"{stored.get(flag)}, not {value}: give that value, another --out, "
-                                f"or delete the folder to start again")
+                raise UserError(f"{self.folder} has --{flag.replace('_', '-')} {stored.get(flag)}, "
+                                f"not {value}: give that, another --out, or delete it to restart")
         load_run_data(self.args, checkpoint)
         return checkpoint
 
