@@ -119,35 +119,35 @@ def test_what_is_to_be_pasted_needs_nothing_else(row):
 
 # ---- the table of results
 
-# Behind the first column: attack and metric in the JSON. Rows that have another name there.
-COLUMNS = [("clustering shift PGD-10 eps 8/255", "R@1"),
-           ("clustering worst PGD-10 eps 8/255", "R@1"),
-           ("clustering worst PGD-10 eps 8/255", "R@1_free"),
-           ("clustering joint curve of PGD-10 up to 64/255", "eps50_255"),
-           ("template neighbour PGD-10 eps 8/255", "R@1"), ("ers ERS PGD-32 eps 8/255", "ERS")]
-STORED = {"at-x3": "ensemble"}
-ENSEMBLES = ("at-x3", "eat", "eat-nosplit")
+# Behind the first column: the end of the table's name, the attack and the metric in its JSON.
+COLUMNS = [("", "clustering shift PGD-10 eps 8/255", "R@1"),
+           ("-worst", "clustering eps 2/255", "R@1"), ("-worst", "clustering eps 2/255",
+                                                       "R@1_label_free"),
+           ("", "clustering joint curve of PGD-10 up to 16/255", "eps50_255"),
+           ("-worst", "template eps 2/255", "R@1"),
+           ("", "template impostor curve of PGD-10 up to 16/255", "eps50_255")]
+ENSEMBLES = ("at-x3", "eat", "eat-nosplit", "eat-label", "fast-x3")
 
 
 def shown(metric, mean, std):
-    """A cell; eps50 below the first radius, 1/255, is not measured."""
-    if metric == "eps50_255":
-        return f"{mean:.2f} ± {std:.2f}" if mean >= 1 else "< 1"
-    scale = 1 if metric == "ERS" else 100
-    return f"{scale * mean:.1f} ± {scale * std:.1f}"
+    """A cell; one seed has no deviation, and below the first radius eps50 is not measured."""
+    scale = 1 if metric == "eps50_255" else 100
+    if metric == "eps50_255" and mean < 0.25:
+        return "< 0.25"
+    form = ".2f" if metric == "eps50_255" else ".1f"
+    return " ± ".join(f"{scale * value:{form}}" for value in (mean, std) if value is not None)
 
 
 def test_the_table_of_results_is_the_stored_one():
-    file, table = re.search(r"<!-- from (results/\S+\.json) -->\n(.*?)\n\n", README, re.S).groups()
-    content = json.loads((ROOT / file).read_text())
-    stored = {(row["name"], row["attack"]): row for row in content["rows"]}
+    name, table = re.search(r"<!-- from results/(\S+)\.json -->\n(.*?)\n\n", README, re.S).groups()
+    stored = {end: {(row["name"], row["attack"]): row for row in json.loads(
+        (ROOT / f"results/{name}{end}.json").read_text())["rows"]} for end in ("", "-worst")}
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
-    assert len(rows) == 11 and f"at commit {content['commit'][:7]}" in README
+    assert 8 <= len(rows) <= 12
     for name, *cells in rows:
-        name = name.strip("`")
-        row = f"matched-{STORED.get(name, name)}-glyphs-convnet"
-        rules = [" vote", " distance"] if name in ENSEMBLES else ["", ""]
-        found = [stored[row + rules[metric == "ERS"], attack] for attack, metric in COLUMNS]
+        defense, rule = name.split()[0].strip("`"), " vote" * (name.strip("`") in ENSEMBLES)
+        found = [stored[end][f"arena-{defense}-grocery-convnet{rule}", attack]
+                 for end, attack, _ in COLUMNS]
         assert cells == [shown("R@1", *found[0]["clean"]["R@1"]), *(
-            shown(metric, *own["attacked"][metric])
-            for own, (_, metric) in zip(found, COLUMNS))], name
+            shown(metric, *own["attacked"][metric]) for own, (*_, metric) in zip(found, COLUMNS)),
+            found[0]["beside"]["seconds"]], defense
