@@ -3,7 +3,6 @@
 
 Copy this file next to one method script and the script runs. In this order: losses, attack,
 metrics, evaluation, networks, data, batches, command line, and `Run`, the books of a training.
-
 Images are float (B, 3, S, S) in [0, 1]; the network normalises them itself, so an attack radius eps
 is a number of pixel values. Embeddings are unit vectors (B, D), distances are Euclidean on the unit
 sphere unless a docstring says otherwise, labels are int64, scores are floats in [0, 1]."""
@@ -11,6 +10,7 @@ sphere unless a docstring says otherwise, labels are int64, scores are floats in
 import argparse
 import contextlib
 import copy
+import ctypes
 import io
 import json
 import math
@@ -189,9 +189,8 @@ def pgd(objective, images, eps: float, step_size: float, steps: int, random_star
 
 
 def shift_objective(models, references):
-    """sum_i 1 - cos(F_i(x'), F_i(x)): how far an attack moves every member's embedding (EAT, Eq.
-    (5) in Eq. (10)). references: the clean F_i(x), one (B, D) per model. At x' = x the gradient is
-    zero or rounding noise: start anywhere else."""
+    """sum_i 1 - cos(F_i(x'), F_i(x)); EAT, Eq. (5) in Eq. (10). references: the F_i(x), one (B, D)
+    per model. At x' = x the gradient is zero or rounding noise: start anywhere else."""
     references = [reference.detach() for reference in references]
     return lambda images: sum(1 - (model(images) * reference).sum(1)
                               for model, reference in zip(models, references))
@@ -1354,7 +1353,6 @@ def load_batches(dataset: ImageSet, batches, seed: int = 0, epoch: int = 0, *, a
 # ---- command line ----------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line on stderr, exit code 2, and that guesses no prefixes."""
-
     def __init__(self, description=None, add_help=True):
         super().__init__(description=description, allow_abbrev=False, add_help=add_help,
                          formatter_class=HelpFormatter)
@@ -1365,7 +1363,6 @@ class Parser(argparse.ArgumentParser):
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """The script's docstring as it stands, and a flag's default unless its help tells it."""
-
     def _get_help_string(self, action):
         if action.default in (None, False, argparse.SUPPRESS) or "default" in (action.help or ""):
             return action.help
@@ -1513,6 +1510,9 @@ def pick_device(name: str, deterministic: bool = False) -> torch.device:
     except (RuntimeError, AssertionError, ImportError, TypeError) as error:
         raise UserError(f"--device {name} cannot be used ({str(error).splitlines()[0][:100]}): try "
                         f"--device cpu ({torch.cuda.device_count()} GPUs were found)") from error
+    if name == "cpu" and sys.platform == "linux":          # freed memory stays with the process
+        for option, value in ((-4, 0), (-1, 2**31 - 1)):   # M_MMAP_MAX, M_TRIM_THRESHOLD of glibc
+            getattr(ctypes.CDLL(None), "mallopt", max)(option, value)
     return torch.device(name)
 
 

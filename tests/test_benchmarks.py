@@ -5,6 +5,8 @@ import argparse
 import json
 import math
 import os
+import platform
+import resource
 import sys
 from pathlib import Path
 
@@ -101,6 +103,17 @@ def test_loading(tmp_path):
     assert min(result[f"{name}_images_per_second"] for name in ("first", "later", "uncached")) > 0
     (row,) = result["rows"]
     assert min(row["ratio"], row["real_ms"], row["fixed_ms"]) > 0 and 0 < row["blocked"] < 1
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt belongs to glibc")
+def test_on_a_cpu_freed_memory_is_not_given_back():
+    common.pick_device("cpu")
+    taken = []
+    for _ in range(6):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)                                    # 64 MiB: else 16,384 pages
+        taken.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert min(taken) < 2**10
 
 
 def test_the_page_is_made_of_the_stored_figures():
