@@ -167,6 +167,7 @@ def costs_of(command, epochs):
         if isinstance(network, common.EmbeddingModel):
             passed[0] += len(images[0])
 
+    os.chdir(ROOT)                                           # as the commands' own paths say
     torch.set_num_threads(1)
     finish = common.Run.finish
     common.Run.finish = lambda run, *protocols: None         # the closing evaluation is no training

@@ -125,8 +125,7 @@ def test_the_page_is_made_of_the_stored_figures():
 
 
 def test_the_worst_of_survivors_is_that_of_all_parts(tmp_path):
-    args = baselines.parse_args(["--epochs", "1", "--limit-queries", "20", "--val-classes", "40",
-                                 "--workers", "0", "--out", str(tmp_path / "run")])
-    baselines.main(args)
+    baselines.main(baselines.parse_args([
+        "--epochs=1", "--limit-queries=20", "--val-classes=40", f"--out={tmp_path / 'run'}"]))
     (row,) = run(worst, tmp_path, str(tmp_path / "run"), "--eps", "0.01")["rows"]
     assert row["equal"] and row["share"] == 6 * row["ratio"] > 0 and row["parts"] == 7

@@ -231,8 +231,7 @@ def test_costs_are_points_of_every_defense_and_no_name_covers_another(plt):
     points = [{text.get_text(): tuple(text.xy) for text in axis.texts} for axis in figure.axes]
     assert points == [{"at": (10, 25), "eat": (20, 25)}, {"at": (10, 25)}]
     assert [axis.get_title() for axis in figure.axes] == ["glyphs", "grocery"]
-    heights = [text.xyann[1] for text in figure.axes[0].texts]
-    assert len(set(heights)) == 2
+    assert len({text.xyann[1] for text in figure.axes[0].texts}) == 2
 
 
 # ---- the command line

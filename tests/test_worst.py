@@ -9,17 +9,10 @@ import pytest
 import torch
 from test_evaluation import network, noisy_classes, retrieval_of
 
+import eval as evaluator
 from baselines import natural
 from common import unpack
-from eval import (
-    attack_of,
-    attacked,
-    eps50,
-    evaluate_robustness,
-    measured,
-    worst_case,
-    worst_parts,
-)
+from eval import attack_of, attacked, eps50, measured, worst_case, worst_parts
 
 SUM = ["shift", "PSEUDO", "push-mean", "target", "impostor", "soft-impostor"]
 
@@ -108,8 +101,8 @@ def test_the_worst_of_whole_sets_is_one_attack():
 def test_the_worst_of_clustering_equals_attacking_every_part_by_hand(members):
     images, labels = noisy_classes(4, 4, spread=0.3, seed=1)
     models = [network(m).forward for m in range(members)]
-    result = evaluate_robustness(models, images, labels, objective="worst", eps=0.03, seed=3,
-                                 steps=2)
+    result = evaluator.evaluate_robustness(models, images, labels, objective="worst", eps=0.03,
+                                           seed=3, steps=2)
     worst, *parts = result["robust"]
     attack = attack_of("clustering", objective="worst", eps=0.03, seed=3, steps=2)
     retrieval = retrieval_of([network(m) for m in range(members)], images, labels)
