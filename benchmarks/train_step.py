@@ -136,6 +136,7 @@ def field_frozen(*models):
 
 def measure(defense, args, device, rounds):
     """One row of the table."""
+    device = common.pick_device(str(device))             # as `main` does, in this process, too
     rows, passes = batches_of(defense, args, LABELS)[0], []
     images = torch.rand(len(rows), 3, args.image_size, args.image_size)
     batch = images.to(device, memory_format=torch.channels_last), LABELS[rows].to(device), rows
