@@ -1691,7 +1691,7 @@ class Run:
                   **(read_json(record) if record.exists() else {})}
         for flag, value in {"method": self.method, **vars(self.args)}.items():
             if flag not in MOVABLE and stored.get(flag) != value:
-                raise UserError(f"{self.folder} holds --{flag.replace('_', '-')} {stored.get(flag)}, "
+                raise UserError(f"{self.folder} has --{flag.replace('_', '-')} {stored.get(flag)}, "
                                 f"not {value}: give that, another --out, or delete the folder")
         load_run_data(self.args, checkpoint)
         return checkpoint
