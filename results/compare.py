@@ -154,34 +154,35 @@ def training(args, defense, seed):
 
 # ---- what a training costs
 
-def costs_of(command, epochs):
-    """(passes per training image, seconds of the last epoch) of a training of so many epochs, the
-    first without an attack, the others with the whole radius."""
+def costs_of(command):
+    """[(passes per training image, seconds)] of two epochs, the second one with the attack."""
     import torch
 
     import common
     script, *flags = shlex.split(command)
-    module, passed = importlib.import_module(script.removesuffix(".py")), [0]
+    module, passed, epochs = importlib.import_module(script.removesuffix(".py")), [0], []
 
     def note(network, images):
         if isinstance(network, common.EmbeddingModel):
             passed[0] += len(images[0])
 
+    def saved(run):
+        epochs.append((passed[0] / len(run.train), run.state["log"][-1]["seconds"]))
+        passed[0] = 0
+
     os.chdir(ROOT)                                           # as the commands' own paths say
     torch.set_num_threads(1)
-    finish = common.Run.finish
-    common.Run.finish = lambda run, *protocols: None         # the closing evaluation is no training
+    whole = common.Run._save, common.Run.finish
+    common.Run._save, common.Run.finish = saved, lambda run, *protocols: None
     hook = torch.nn.modules.module.register_module_forward_pre_hook(note)
     try:
         with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-            args = module.parse_args([*flags, "--epochs", str(epochs), "--eps-ramp", "1", "0",
-                                      "--out", f"{out}/run"])
-            module.main(args)
-            seconds = [json.loads(line)["seconds"] for line in open(f"{out}/run/log.jsonl")]
+            module.main(module.parse_args([*flags, "--epochs", "2", "--eps-ramp", "1", "0",
+                                           "--out", f"{out}/run"]))
     finally:
-        common.Run.finish = finish
+        common.Run._save, common.Run.finish = whole
         hook.remove()
-    return passed[0] / len(common.load_run_data(args)[0]), seconds[-1]
+    return epochs
 
 
 def count_costs(args):
@@ -189,14 +190,12 @@ def count_costs(args):
     rows, seed = [], args.seeds[0]
     for defense in args.defenses:
         flags = json.loads((ROOT / f"{folder(args, defense)}{seed}" / "args.json").read_text())
-        command = f"{training(args, defense, seed)} --seed {seed}"
-        quiet, both = costs_of(command, 1), costs_of(command, 2)
-        benign, grow = flags["eps_ramp"]
-        benign += bool(grow)                                 # a ramp begins at 0
-        attacked = flags["epochs"] - benign
-        rows.append([Path(folder(args, defense)).name.removesuffix("-s"),
-                     f"{benign * quiet[0] + attacked * (both[0] - quiet[0]):.0f}",
-                     f"{benign * quiet[1] + attacked * both[1]:.0f}"])
+        quiet, attacked = costs_of(f"{training(args, defense, seed)} --seed {seed}")
+        benign = flags["eps_ramp"][0] + bool(flags["eps_ramp"][1])           # a ramp begins at 0
+        passes, seconds = (benign * first + (flags["epochs"] - benign) * second
+                           for first, second in zip(quiet, attacked))
+        rows.append([Path(folder(args, defense)).name.removesuffix("-s"), f"{passes:.0f}",
+                     f"{seconds:.0f}"])
     with open(ROOT / f"results/arena-{args.dataset}-costs.csv", "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([["row", "passes", "seconds"], *rows])
 
