@@ -28,7 +28,9 @@ def test_only_what_is_known_to_be_missing_is_missing():
         for table, row, attack in compared[:2]:
             if claims.figure(table, row, attack, compared.metric) is None:
                 clusters = row.endswith(" vote") and compared.metric in claims.CLUSTERS
-                assert row in NOT_STORED or clusters or compared.metric == "all_fail"
+                run = claims.full_name(table, row) in str(claims.content(table)["rows"])
+                assert row in NOT_STORED or clusters or compared.metric == "all_fail" or \
+                    table.startswith("arena-") and not run
 
 
 def own_tables(tmp_path, monkeypatch, table, change):
@@ -50,7 +52,7 @@ def test_a_number_that_changes_in_a_table_changes_the_verdict(claim, tmp_path, m
     before = words()
     place = next((i for i, word in enumerate(before) if ":" not in word), None)
     if place is None:
-        return                                                         # nothing stored to change
+        return                                               # nothing stored to change
     (table, row, attack), _, metric = claim.comparisons[place][:3]
 
     def change(content):
@@ -58,10 +60,10 @@ def test_a_number_that_changes_in_a_table_changes_the_verdict(claim, tmp_path, m
             side = entry["clean" if attack == claims.CLEAN else "attacked"]
             if entry["name"] == claims.full_name(table, row) and metric in side and \
                     attack in (claims.CLEAN, entry.get("attack", "")):
-                side[metric][0] = -1e3 if before[place] == "holds" else 1e3
+                side[metric][0] = -1e3 if before[place].startswith("holds") else 1e3
 
     own_tables(tmp_path, monkeypatch, table, change)
-    assert words()[place] == {"holds": "fails"}.get(before[place], "holds")
+    assert words()[place].startswith("fails" if before[place].startswith("holds") else "holds")
 
 
 def test_one_seed_and_est_as_it_was_are_open(tmp_path, monkeypatch):
