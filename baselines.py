@@ -143,8 +143,8 @@ def trades(model, images, labels, proxies, ball, trades_lambda=6.0):
 
 def fast(model, images, labels, proxies, ball):
     """L(F(x_adv), y), x_adv by label_attack with one step of 1.25 eps; Wong et al., ICLR 2020."""
-    loss = proxy_anchor_loss(model(label_attack(model, images, labels, proxies, ball)), labels,
-                             proxies)
+    adversarial = label_attack(model, images, labels, proxies, ball)
+    loss = proxy_anchor_loss(model(adversarial), labels, proxies)
     return loss, {"adversarial": loss}
 
 

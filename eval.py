@@ -607,8 +607,7 @@ def survivors(retrieval, attack):
 
     Every part attacks the queries that some rule still has right: Recall@1 is that of worst_case.
     Other scores are those of every query after the attack that first made it wrong, or else the
-    last. parts: {attack in words: {"attacked": how many queries, "R@1": the share right after it}}.
-    """
+    last. parts: {attack in words: {"attacked": how many queries, "R@1": the share right after it}}."""
     left, merged, extra = torch.ones(len(retrieval.labels), dtype=torch.bool), {}, {}
     for part in worst_parts(attack, len(retrieval.models)):
         if not left.any():
@@ -621,7 +620,8 @@ def survivors(retrieval, attack):
             merged[rule] = hits, now[1].where(tried.to(now[1].device), before[1])
             row, share = extra.setdefault(rule, {"parts": {}}), float(hits[:, 0].double().mean())
             row["parts"][named(part._asdict())] = {"attacked": int(left.sum()), "R@1": share}
-            row |= {"R@1_label_free": share} if part.objective in LABEL_FREE else {}
+            if part.objective in LABEL_FREE:
+                row["R@1_label_free"] = share
         left = torch.stack([hits[:, 0] for hits, _ in merged.values()]).any(0)
     scores = retrieval.rated(merged)
     return common.with_member_mean({rule: scores[rule] | row for rule, row in extra.items()})
