@@ -607,7 +607,7 @@ def survivors(retrieval, attack):
 
     Every part attacks the queries that some rule still has right: Recall@1 is that of worst_case.
     Other scores are those of every query after the attack that first made it wrong, or else the
-    last. parts: {attack in words: {"attacked": how many queries, "R@1": the share right after it}}."""
+    last. parts: {attack in words: {"attacked": how many queries, "R@1": share right after it}}."""
     left, merged, extra = torch.ones(len(retrieval.labels), dtype=torch.bool), {}, {}
     for part in worst_parts(attack, len(retrieval.models)):
         if not left.any():
