@@ -217,11 +217,11 @@ def attack_of(protocol, attack="pgd", *, objective=None, against="sum", eps=None
 
 def worst_parts(attack, count):
     """The attacks of `worst`, for `count` networks: every objective on the sum of the members; for
-    several also the exact condition of a miss (impostor; for clustering: joint) on concat, mean,
-    the vote, each member and every majority short of all; for strong also Square on the margin.
+    clustering joint by the exact condition of a miss (vote); for several networks that objective
+    (template: impostor) on every rule, member and majority; for strong Square on the margin, too.
     Label-free ones come first, then the strongest, because template attacks what is still right."""
     miss, last = ("impostor", "neighbour") if attack.protocol == "template" else ("joint", "joint")
-    rules = ["concat", "mean", "vote"] if count > 1 else []
+    rules = ["concat", "mean", "vote"] if count > 1 else ["vote"] * (miss == "joint")
     for size in {1, count // 2 + 1} - {count}:
         rules += [f"member{'s' * (size > 1)}_{'+'.join(map(str, numbers))}"
                   for numbers in itertools.combinations(range(1, count + 1), size)]
@@ -306,7 +306,7 @@ VOTE_MARGIN = 0.1       # of impostor: a member beyond it is clearly wrong, and 
 def members_of(against, count):
     """The numbers, from 0, of the networks that `against` reads, out of `count`."""
     members = [int(i) - 1 for i in re.findall(r"\d+", against)] or [*range(count)]
-    if max(members) >= count or against in ("concat", "mean", "vote") and count == 1:
+    if max(members) >= count or against in ("concat", "mean") and count == 1:
         raise UserError(f"--against {against}: the run's networks are {count} in number; drop it")
     return members
 

@@ -75,7 +75,7 @@ LIMIT = "--limit-queries 300 --workers 0"
 STRENGTH = "--eps 2/255 4/255 8/255 --attack-steps 10"
 PAPERS = ["--eps 8/255 --attack-steps 10", "--protocol template"]
 TABLES = {
-    "": ("R@1 eps50_255", [*PAPERS, f"--objective joint {RADII}",
+    "": ("R@1 eps50_255", [*PAPERS, f"--objective joint --against vote {RADII}",
                            f"--protocol template --objective impostor {RADII}"]),
     "-worst": ("R@1 R@1_label_free", [f"--objective worst {STRENGTH}",
                                       f"--protocol template --objective worst {STRENGTH}"]),

@@ -457,19 +457,20 @@ def test_the_steps_that_an_attack_takes(kind, objective, sizes, monkeypatch):
     assert taken == sizes
 
 
-@pytest.mark.parametrize("objective, against", [
-    ("joint", "sum"), ("joint", "concat"), ("joint", "vote"), ("joint-pseudo", "member_2")])
-def test_a_step_of_joint_is_a_step_against_where_the_others_are_now(objective, against):
-    retrieval, images = noisy_retrieval(2)
+@pytest.mark.parametrize("objective, against, members", [
+    ("joint", "sum", 2), ("joint", "concat", 2), ("joint", "vote", 2), ("joint", "vote", 1),
+    ("joint-pseudo", "member_2", 2)])
+def test_a_step_of_joint_is_a_step_against_where_the_others_are_now(objective, against, members):
+    retrieval, images = noisy_retrieval(members)
     retrieval.batches, x, made = tensor_batches(images, 10), [], {}
     attack = attack_of("clustering", objective=objective, eps=0.1, step_size=0.03, steps=2, seed=5,
                        against=against)
     passes, models = Counter(), list(retrieval.models)
     retrieval.models = [lambda x, m=m: (passes.update({m: len(x) * x.requires_grad}),
-                                        models[m](x))[1] for m in range(2)]
+                                        models[m](x))[1] for m in range(members)]
     e = evaluator.joint(retrieval, attack, watch=lambda x, rows: made.update(zip(rows.tolist(), x)))
     moved = torch.stack([made[row] for row in range(24)])
-    assert passes == {m: 2 * 24 * (against != "member_2" or m == 1) for m in range(2)}   # N T each
+    assert passes == {m: 2 * 24 * (against != "member_2" or m == 1) for m in range(members)}  # N T
     for number, batch in enumerate(images.split(10)):
         common.seed_torch(5, 0, common.EVALUATE, number)
         x.append((batch + 0.1 * torch.empty_like(batch).uniform_(-1, 1)).clamp(0, 1))
@@ -497,10 +498,9 @@ def test_a_step_of_joint_is_a_step_against_where_the_others_are_now(objective, a
 
 def test_joint_gets_stronger_with_eps_down_to_nothing_and_shift_does_not():
     images, labels = noisy_classes(6, 6, spread=0.2)
-    recall = {objective: [scores_of(retrieval_of([network()], images, labels), "clustering",
-                                    objective=objective, eps=eps)["member_1"]["R@1"]
-                          for eps in (0.02, 0.04, 0.16, 0.64, 1)] for objective in
-              ("joint", "shift")}
+    recall = {name: [scores_of(retrieval_of([network()], images, labels), "clustering",
+                               objective=name, eps=eps)["member_1"]["R@1"]
+                     for eps in (0.02, 0.04, 0.16, 0.64, 1)] for name in ("joint", "shift")}
     assert recall["joint"][0] > recall["joint"][1] > recall["joint"][2]
     assert recall["joint"] == sorted(recall["joint"], reverse=True)
     assert recall["joint"][2] <= 5 / 35 and recall["shift"][-1] > recall["shift"][2] + 0.3
