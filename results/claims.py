@@ -396,7 +396,7 @@ def beyond():
 
 
 # The arena's tables: attacks as they name them. All networks have one recipe there.
-HALF_JOINT = "clustering joint curve of PGD-10 up to 16/255"
+HALF_JOINT = "clustering joint against vote curve of PGD-10 up to 16/255"
 HALF_IMPOSTOR = "template impostor curve of PGD-10 up to 16/255"
 AT_001_NEIGHBOUR = "template neighbour PGD-5 eps 2.55/255"
 
@@ -431,8 +431,12 @@ def arena(data):
                for comparison in halves(name, ["natural"])]),
         Claim("ours", "`fast` is above AT at equal passes, by eps50 and by the worst case",
               halves("fast", ["at"]) + survives("fast", ["at"])),
+        Claim("ours", "`fare`, whose teacher had passes of its own, is above AT and `fast`",
+              halves("fare", ["at", "fast"]) + survives("fare", ["at", "fast"])),
         Claim("ours", "three networks that vote, AT or EAT, are above `fast`",
-              halves("at-x3 vote", ["fast"]) + halves("eat vote", ["fast"]))]
+              halves("at-x3 vote", ["fast"]) + halves("eat vote", ["fast"])),
+        Claim("ours", "EAT that attacks the loss of the labels is above EAT",
+              halves("eat-label vote", ["eat vote"]) + survives("eat-label vote", ["eat vote"]))]
 
 
 HEAD = """# The papers' claims, on drawings and on photos

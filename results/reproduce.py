@@ -170,7 +170,8 @@ def proxy_anchor(arch, *methods):
 
 
 def picture(number, title, name, commands, attack, **more):
-    ours = f"glyphs-{name} cub2010-figures/{Path(name).name}" if name else ""
+    ours = f"arena-grocery-figures/{Path(name).name} "
+    ours += f"glyphs-{name} cub2010-figures/{Path(name).name}" if Path(name).parent.name else ""
     return Item("eat", "figure", number, title, commands, "" if more else "--rules vote ", attack,
                 "cub2010", ours, **more)
 
@@ -191,7 +192,7 @@ EAT = [
          SCORES.format("R@8"), "", "cub2010", "cub2010.md matched-cub2010.md glyphs-ablation.md"),
     Item("eat", "table", "4", "defenses, In-Shop", OF_EAT, SCORES.format("R@10 R@20"), "",
          "inshop"),
-    picture("1", "AT and Mix-Up, embeddings before and after the attack by t-SNE", "",
+    picture("1", "AT and Mix-Up, embeddings before and after the attack by t-SNE", "embeddings.png",
             proxy_anchor("mobilenetv2", "at", "mixup"), "", saved=True),
     picture("2", "Recall@1 and F1 over the steps of the attack", "sweeps-figures/sweep-steps.png",
             OF_EAT, "--attack-steps 1 2 5 10 20 50"),
