@@ -1048,7 +1048,7 @@ def main(args):
         raise UserError(f"--save-embeddings {target}: not a file in a folder that exists")
     named = (run for pattern in args.runs for run in sorted(glob.glob(pattern)) or [pattern])
     for run in dict.fromkeys(map(os.path.normpath, named)):
-        if Path(run).is_dir() and not (Path(run) / "last.pt").exists():
+        if run.endswith(".npz") or Path(run).is_dir() and not (Path(run) / "last.pt").exists():
             print(f"{run}: no checkpoint, left out")
         else:
             runs.append(run)

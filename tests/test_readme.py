@@ -123,7 +123,7 @@ def test_what_is_to_be_pasted_needs_nothing_else(row):
 COLUMNS = [("", "clustering shift PGD-10 eps 8/255", "R@1"),
            ("-worst", "clustering eps 2/255", "R@1"), ("-worst", "clustering eps 2/255",
                                                        "R@1_label_free"),
-           ("", "clustering joint curve of PGD-10 up to 16/255", "eps50_255"),
+           ("", "clustering joint against vote curve of PGD-10 up to 16/255", "eps50_255"),
            ("-worst", "template eps 2/255", "R@1"),
            ("", "template impostor curve of PGD-10 up to 16/255", "eps50_255")]
 ENSEMBLES = ("at-x3", "eat", "eat-nosplit", "eat-label", "fast-x3")
